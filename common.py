@@ -4,11 +4,250 @@ Pictures lie as one uint8 tensor on the training device; augmentations work ther
 images in [0, 1], with one parameter per image, drawn from an explicit torch.Generator.
 """
 
+import math
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
+
+
+class UserError(Exception):
+    """An input that the person can mend: the message names the flag or the file and what to do."""
+
+
+# ======================================================================================================
+# Data sets
+# ======================================================================================================
+
+
+@dataclass
+class Dataset:
+    """Images uint8 (N, 3, S, S) in channels_last order, labels int64 (N,), the class names, and captions if any."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list[str]
+    train_captions: list[str] | None = None
+    test_captions: list[str] | None = None
+
+    def to(self, device):
+        return Dataset(*(v.to(device) if torch.is_tensor(v) else v for v in vars(self).values()))
+
+
+def load_dataset(name, data_dir="data"):
+    """`shapes`, `cifar10`, or the path of an .npz file with MedMNIST's keys -> Dataset.
+
+    CIFAR-10 is downloaded once by torchvision and kept as <data_dir>/cifar10.npz, which is all that later calls
+    read. Raises UserError, in one line, for a data set that is unknown, unreachable, broken or badly laid out.
+    """
+    if name == "shapes":
+        return shapes_dataset()
+    if name == "cifar10":
+        path = Path(data_dir, "cifar10.npz")
+        if not path.exists():
+            download_cifar10(path)
+        return npz_dataset(path)
+    if Path(name).suffix == ".npz":
+        return npz_dataset(Path(name))
+    raise UserError(f"--dataset {name}: unknown; it is shapes, cifar10 or the path of an .npz file")
+
+
+def npz_dataset(path):
+    """{train,test}_images, uint8 (N, S, S) or (N, S, S, 3), and {train,test}_labels, integers (N,) or (N, 1)."""
+    arrays = {}
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            for key in ("train_images", "train_labels", "test_images", "test_labels"):
+                if key not in file:
+                    raise UserError(f"{path}: has no array {key}; its arrays are {', '.join(file) or 'none'}")
+                arrays[key] = file[key]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .npz file ({error})") from None
+
+    tensors = []
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.ndim == 3:  # grey: one channel stands for all three
+            images = np.repeat(images[..., None], 3, axis=3)
+        N, H, W, C = images.shape if images.ndim == 4 else (0, 0, 0, 0)
+        if images.dtype != np.uint8 or N == 0 or H != W or C != 3:
+            shape = arrays[f"{split}_images"].shape
+            raise UserError(f"{path}: {split}_images is {images.dtype} {shape}, not uint8 (N, S, S) or (N, S, S, 3)")
+        if labels.dtype.kind not in "iu" or labels.shape not in ((N,), (N, 1)) or labels.min() < 0:
+            raise UserError(f"{path}: {split}_labels is {labels.dtype} {labels.shape}, not {N} class numbers from 0 on")
+        tensors += [torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.reshape(N).astype(np.int64))]
+    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+        raise UserError(f"{path}: train_images and test_images differ in size")
+    classes = max(int(tensors[1].max()), int(tensors[3].max())) + 1
+    return Dataset(*tensors, [str(label) for label in range(classes)])
+
+
+def download_cifar10(path):
+    """Fetches CIFAR-10 with torchvision and writes it to `path`, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            arrays = {}
+            for split in ("train", "test"):
+                part = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
+                arrays |= {f"{split}_images": part.data, f"{split}_labels": np.array(part.targets)}
+            np.savez(Path(folder, path.name), **arrays)
+            Path(folder, path.name).replace(path)
+    except (OSError, RuntimeError) as error:  # no network, a broken archive, a folder that cannot be written
+        raise UserError(f"--dataset cifar10: {path} is not there and cannot be downloaded ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------
+# Shapes: small pictures drawn by code
+# ------------------------------------------------------------------------------------------------------
+# A silhouette is a function of points x, y, with y upwards, that is true inside; it fits the unit disc. None equals
+# itself after a turn by 90 or 180 degrees, mirrored or not, so that rotation can be told from one picture.
+
+
+def bar(x, y, half_width, low, high):
+    return (x.abs() < half_width) & (low < y) & (y < high)
+
+
+def disc(x, y, radius, cx=0.0, cy=0.0):
+    return (x - cx) ** 2 + (y - cy) ** 2 < radius**2
+
+
+def peak(x, y, half_width, low, high):
+    return (y > low) & (x.abs() < half_width * (high - y) / (high - low))
+
+
+def star(x, y):
+    angle = ((torch.atan2(x, y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5).abs()  # from the nearest of five tips
+    r, notch = torch.hypot(x, y), (0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5))
+    return (notch[0] - 1) * r * angle.sin() > notch[1] * (r * angle.cos() - 1)  # on the inner side of tip to notch
+
+
+SHAPES = {
+    "arrow": lambda x, y: peak(x, y, 0.75, 0.1, 1) | bar(x, y, 0.25, -0.95, 0.15),
+    "bowl": lambda x, y: (disc(x, y, 0.9, 0, 0.35) & (y < 0.35)) | bar(x, y, 0.4, -0.75, -0.4),
+    "cross": lambda x, y: bar(x, y, 0.19, -0.98, 0.98) | bar(x, y, 0.75, 0.2, 0.58),
+    "drop": lambda x, y: disc(x, y, 0.6, 0, -0.35) | peak(x, y, 0.54, -0.08, 1),
+    "heart": lambda x, y: ((1.42 * x) ** 2 + (1.32 * y + 0.1) ** 2 - 1) ** 3 < (1.42 * x) ** 2 * (1.32 * y + 0.1) ** 3,
+    "house": lambda x, y: peak(x, y, 0.9, 0.05, 0.95) | (bar(x, y, 0.6, -0.78, 0.1) & ~bar(x, y, 0.17, -0.8, -0.2)),
+    "moon": lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.78, 0.46, 0.19),
+    "mushroom": lambda x, y: (disc(x, y, 0.95) & (y > 0)) | bar(x, y, 0.27, -0.9, 0.05),
+    "star": star,
+    "triangle": lambda x, y: peak(x, y, 0.8, -0.59, 1),
+}
+COLORS = {
+    "red": (214, 48, 49),
+    "orange": (240, 140, 40),
+    "yellow": (246, 214, 72),
+    "green": (46, 150, 80),
+    "blue": (52, 110, 214),
+    "purple": (136, 70, 184),
+    "pink": (244, 150, 186),
+    "brown": (122, 78, 46),
+    "white": (242, 242, 238),
+    "black": (36, 36, 42),
+}
+SIZES = ("small", "medium-sized", "large")
+SENTENCES = (
+    "a {size} {color} {shape} on a {one} and {two} background",
+    "a {color} {shape}, {size}, in front of {one} and {two}",
+    "there is a {size} {shape} in {color} and behind it {one} turns into {two}",
+    "on {one} and {two} stands a {size} {color} {shape}",
+    "the {shape} is {color} and {size}, the background {one} and {two}",
+)
+
+
+def shapes_dataset():
+    """Ten kinds of things, 32 x 32, with captions: 4,096 training and 2,000 test pictures, always the same ones."""
+    generator, splits, captions = torch.Generator().manual_seed(0), [], []
+    for count in (4096, 2000):
+        scenes = sample_shapes(count, generator)
+        splits += [draw_shapes(scenes, generator), scenes["label"]]
+        captions.append(describe_shapes(scenes, generator))
+    return Dataset(*splits, list(SHAPES), *captions)
+
+
+def sample_shapes(count, generator):
+    """What `count` pictures show: balanced labels, and nuisances that are drawn without looking at them."""
+    label = torch.arange(count)[torch.randperm(count, generator=generator)] % len(SHAPES)
+    half_width = uniform(0.60, 0.85, (count,), generator)  # of the frame's
+    color = torch.randint(len(COLORS), (count,), generator=generator)
+
+    # The background runs from one colour to another. The foreground is apart from every mixture of the two: its
+    # distance from the straight line between them, in RGB, is at least 0.35.
+    palette = torch.tensor(list(COLORS.values())) / 255  # (K, 3)
+    line = palette[None] - palette[:, None]  # (K, K, 3), from the first colour to the second
+    offset = palette[:, None, None] - palette[None, :, None]  # (K, K, 1, 3), from the first to the foreground
+    share = ((offset * line).sum(3) / line.square().sum(2).clamp(min=1e-9)).clamp(0, 1)  # (K, K, K), nearest mixture
+    apart = (offset - share[..., None] * line).norm(dim=3) > 0.35
+    apart &= ~torch.eye(len(COLORS), dtype=torch.bool)  # two colours
+    pair = torch.multinomial(apart.flatten(1)[color].float(), 1, generator=generator)[:, 0]
+    return {
+        "label": label,  # (N,)
+        "half_width": half_width,
+        "center": uniform(-1, 1, (count, 2), generator) * (1 - half_width)[:, None],  # (N, 2)
+        "tilt": uniform(-0.25, 0.25, (count,), generator),  # radians, counter-clockwise
+        "color": color,
+        "background": torch.stack([pair // len(COLORS), pair % len(COLORS)], dim=1),  # (N, 2)
+        "direction": uniform(0, 2 * math.pi, (count,), generator),  # of the gradient
+    }
+
+
+def draw_shapes(scenes, generator, size=32, supersampling=3):
+    """Scenes of sample_shapes -> uint8 (N, 3, size, size); the generator draws the noise of the pixels."""
+    fine = size * supersampling
+    axis = (torch.arange(fine) + 0.5) / fine * 2 - 1  # -1 to 1
+    y, x = -axis[:, None], axis[None]  # y upwards
+    cover = torch.empty(len(scenes["label"]), size, size)
+    for label, inside in enumerate(SHAPES.values()):
+        of = scenes["label"] == label
+        s, tilt, center = scenes["half_width"][of], scenes["tilt"][of], scenes["center"][of]
+        dx, dy = x - center[:, 0, None, None], y - center[:, 1, None, None]  # (n, fine, fine)
+        cos, sin = (tilt.cos() / s)[:, None, None], (tilt.sin() / s)[:, None, None]
+        cover[of] = F.avg_pool2d(inside(cos * dx + sin * dy, cos * dy - sin * dx).float(), supersampling)
+
+    cos, sin = scenes["direction"].cos()[:, None, None], scenes["direction"].sin()[:, None, None]
+    y, x = F.avg_pool1d(y.T, supersampling).T, F.avg_pool1d(x, supersampling)  # pixels, (size, 1) and (1, size)
+    share = 0.5 + (cos * x + sin * y) / 2**1.5  # (N, size, size), 0 to 1
+    palette = torch.tensor(list(COLORS.values())) / 255
+    thing, one, two = (
+        palette[c][:, :, None, None] for c in (scenes["color"], *scenes["background"].unbind(1))
+    )  # (N, 3, 1, 1) each
+    images = torch.lerp(torch.lerp(one, two, share[:, None]), thing, cover[:, None])
+    images += 0.02 * torch.randn(images.shape, generator=generator)
+    return (255 * images).round().clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
+
+
+def describe_shapes(scenes, generator):
+    """Scenes of sample_shapes -> a caption each, in varied wording."""
+    shapes, colors = list(SHAPES), list(COLORS)
+    size = ((scenes["half_width"] - 0.60) / 0.25 * 3).long().clamp(max=2)
+    sentence = torch.randint(len(SENTENCES), size.shape, generator=generator)
+    rows = zip(sentence, size, scenes["color"], scenes["label"], *scenes["background"].unbind(1), strict=True)
+    return [
+        SENTENCES[w].format(size=SIZES[s], color=colors[c], shape=shapes[k], one=colors[a], two=colors[b])
+        for w, s, c, k, a, b in rows
+    ]
+
 
 # ======================================================================================================
 # Augmentations: float images (N, C, H, W) in [0, 1], one parameter per image
 # ======================================================================================================
+
+
+def uniform(low, high, shape, generator):
+    """Uniform numbers in [low, high), on the generator's device."""
+    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 

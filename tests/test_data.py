@@ -1,0 +1,218 @@
+"""The built-in shapes, and data sets from files: what they hold, and what is said about broken ones."""
+
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import common
+
+# ------------------------------------------------------------------------------------------------------
+# Shapes
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return common.load_dataset("shapes")
+
+
+def scenes_of(count, **fixed):
+    scenes = common.sample_shapes(count, torch.Generator().manual_seed(1))
+    return scenes | fixed
+
+
+def silhouettes(size=64):
+    """Each of the ten, upright in the middle of the frame, white on black: (10, size, size) in [0, 1]."""
+    white, black = list(common.COLORS).index("white"), list(common.COLORS).index("black")
+    scenes = scenes_of(
+        10,
+        label=torch.arange(10),
+        half_width=torch.ones(10),
+        center=torch.zeros(10, 2),
+        tilt=torch.zeros(10),
+        color=torch.full((10,), white),
+        background=torch.full((10, 2), black),
+    )
+    return common.draw_shapes(scenes, torch.Generator().manual_seed(0), size)[:, 0] / 255
+
+
+def test_no_silhouette_equals_itself_turned_or_another_one():
+    pictures = silhouettes()
+    for i, one in enumerate(pictures):
+        for turns in (1, 2, 3):
+            for turned in (one.rot90(turns), one.rot90(turns).flip(1)):
+                assert (one - turned).abs().mean() > 0.05, (i, turns)
+        for j, other in enumerate(pictures):
+            assert i == j or (one - other).abs().mean() > 0.05, (i, j)
+
+
+def test_silhouettes_fit_the_unit_disc():
+    axis = torch.linspace(-1.5, 1.5, 301)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    for name, inside in common.SHAPES.items():
+        radius = torch.hypot(x, y)[inside(x, y)].max()
+        assert 0.9 < radius <= 1, name
+
+
+def test_splits_are_balanced_and_differ(shapes):
+    assert shapes.train_images.shape == (4096, 3, 32, 32) and shapes.test_images.shape == (2000, 3, 32, 32)
+    assert shapes.train_images.dtype == torch.uint8
+    assert shapes.train_labels.bincount().tolist() == [410] * 6 + [409] * 4
+    assert shapes.test_labels.bincount().tolist() == [200] * 10
+    assert shapes.classes == list(common.SHAPES)
+    seen = {image.tobytes() for image in shapes.train_images.numpy()}
+    assert not any(image.tobytes() in seen for image in shapes.test_images.numpy())
+
+
+def test_nuisances_are_independent_of_the_class():
+    N = 20_000
+    scenes = scenes_of(N)
+    own = F.one_hot(scenes["label"], 10).bool()  # (N, 10)
+    numbers = [scenes["half_width"], scenes["tilt"], scenes["direction"], *scenes["center"].unbind(1)]
+    indicators = [F.one_hot(c, 10).float() for c in (scenes["color"], *scenes["background"].unbind(1))]
+    values = torch.cat([torch.stack(numbers, dim=1), *indicators], dim=1)  # (N, 35)
+    values = (values - values.mean(0)) / values.std(0)
+    means = (
+        torch.stack([values[own[:, k]].mean(0) for k in range(10)]) * (N / 10) ** 0.5
+    )  # standard normal, 350 of them
+    assert means.abs().max() < 4.5
+    assert 0.85 < means.std() < 1.15
+
+
+def test_ranges_of_the_nuisances():
+    scenes = scenes_of(20_000)
+    half_width, center = scenes["half_width"], scenes["center"]
+    assert half_width.min() >= 0.60 and half_width.max() <= 0.85 and abs(half_width.mean() - 0.725) < 0.003
+    assert scenes["tilt"].abs().max() <= 0.25 and abs(scenes["tilt"].mean()) < 0.005
+    assert (center.abs().amax(1) + half_width).max() <= 1  # nothing leaves the frame
+    assert (scenes["color"].bincount() / 20_000 - 0.1).abs().max() < 0.01
+
+
+def test_foreground_is_apart_from_every_mixture_of_the_background():
+    scenes = scenes_of(2000)
+    palette = torch.tensor(list(common.COLORS.values())) / 255
+    one, two = palette[scenes["background"]].unbind(1)
+    assert (scenes["background"][:, 0] != scenes["background"][:, 1]).all()
+    mixtures = torch.lerp(one[:, None], two[:, None], torch.linspace(0, 1, 50)[None, :, None])  # (N, 50, 3)
+    assert (mixtures - palette[scenes["color"]][:, None]).norm(dim=2).min() > 0.35
+
+
+def test_a_seed_fixes_the_pictures(shapes):
+    draw = lambda seed: common.draw_shapes(scenes_of(20), torch.Generator().manual_seed(seed))  # noqa: E731
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    again = common.load_dataset("shapes")
+    assert torch.equal(shapes.train_images, again.train_images) and shapes.test_captions == again.test_captions
+
+
+def test_captions_name_what_is_drawn():
+    scenes = scenes_of(500)
+    captions = common.describe_shapes(scenes, torch.Generator().manual_seed(0))
+    shapes, colors = list(common.SHAPES), list(common.COLORS)
+    for i, caption in enumerate(captions):
+        words = caption.replace(",", "").split()
+        assert shapes[scenes["label"][i]] in words and colors[scenes["color"][i]] in words
+        assert all(colors[c] in words for c in scenes["background"][i])
+        size = next(word for word in words if word in common.SIZES)
+        low = 0.60 + 0.25 / 3 * common.SIZES.index(size)
+        assert low - 1e-6 <= scenes["half_width"][i] <= low + 0.25 / 3 + 1e-6
+    assert len({caption.split()[0] for caption in captions}) > 2  # varied wording
+
+
+# ------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------
+
+
+def arrays(count=6, **changed):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(count) % 3
+    return {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels} | changed
+
+
+def test_npz(tmp_path):
+    expected = arrays()
+    np.savez(tmp_path / "mine.npz", **expected)
+    data = common.load_dataset(str(tmp_path / "mine.npz"))
+    assert np.array_equal(data.train_images.permute(0, 2, 3, 1).numpy(), expected["train_images"])
+    assert data.train_images.is_contiguous(memory_format=torch.channels_last)
+    assert data.train_labels.tolist() == [0, 1, 2, 0, 1, 2] and data.classes == ["0", "1", "2"]
+
+
+def test_npz_as_medmnist_writes_it(tmp_path):
+    grey, column = arrays()["train_images"][..., 0], arrays()["train_labels"].astype(np.uint8)[:, None]
+    np.savez_compressed(
+        tmp_path / "mine.npz", **arrays(train_images=grey, train_labels=column, val_images=grey, val_labels=column)
+    )
+    data = common.load_dataset(str(tmp_path / "mine.npz"))
+    assert data.train_images.shape == (6, 3, 8, 8) and data.train_labels.shape == (6,)
+    assert all(np.array_equal(data.train_images[:, c].numpy(), grey) for c in range(3))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_images": np.zeros((6, 8, 8, 3), np.float32)}, "train_images is float32"),
+        ({"test_images": np.zeros((6, 8, 9, 3), np.uint8)}, "test_images is uint8"),
+        ({"test_images": np.zeros((6, 9, 9, 3), np.uint8)}, "differ in size"),
+        ({"train_images": np.zeros((0, 8, 8, 3), np.uint8), "train_labels": np.zeros(0, int)}, "train_images is uint8"),
+        ({"train_labels": np.zeros(5, int)}, "not 6 class numbers"),
+        ({"train_labels": np.zeros(6)}, "train_labels is float64"),
+        ({"test_labels": np.full(6, -1)}, "not 6 class numbers from 0 on"),
+        ({"test_labels": np.array([object()] * 6)}, "not a readable .npz file"),
+    ],
+)
+def test_npz_with_a_bad_array(tmp_path, changed, message):
+    np.savez(tmp_path / "mine.npz", **arrays(**changed))
+    with pytest.raises(common.UserError, match=message) as caught:
+        common.load_dataset(str(tmp_path / "mine.npz"))
+    assert "\n" not in str(caught.value) and "mine.npz" in str(caught.value)
+
+
+def test_npz_that_is_missing_cut_short_or_something_else(tmp_path):
+    path = tmp_path / "mine.npz"
+    with pytest.raises(common.UserError, match="mine.npz: no such file"):
+        common.load_dataset(str(path))
+    np.savez(path, **arrays())
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text", whole[:600] + b"torn" + whole[604:]):
+        path.write_bytes(content)
+        with pytest.raises(common.UserError, match="mine.npz: not a readable .npz file"):
+            common.load_dataset(str(path))
+    np.savez(path, x=np.zeros(1))
+    with pytest.raises(common.UserError, match="has no array train_images"):
+        common.load_dataset(str(path))
+
+
+def test_unknown_name():
+    with pytest.raises(common.UserError, match="--dataset cifar: unknown"):
+        common.load_dataset("cifar")
+
+
+def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
+    calls = []
+
+    class Fake:
+        def __init__(self, root, train, download):
+            calls.append(train)
+            self.data, self.targets = arrays(6 if train else 3)["train_images"], [0, 1, 2, 0, 1, 2][: 6 if train else 3]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    first = common.load_dataset("cifar10", tmp_path / "new")
+    second = common.load_dataset("cifar10", tmp_path / "new")
+    assert calls == [True, False] and [p.name for p in (tmp_path / "new").iterdir()] == ["cifar10.npz"]
+    assert torch.equal(first.train_images, second.train_images) and len(first.test_labels) == 3
+
+
+def test_cifar10_without_network(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(common.UserError, match="--dataset cifar10: .* cannot be downloaded"):
+        common.load_dataset("cifar10", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -242,6 +242,8 @@ def describe_shapes(scenes, generator):
 # ======================================================================================================
 # Augmentations: float images (N, C, H, W) in [0, 1], one parameter per image
 # ======================================================================================================
+# Each comes as two functions: the operator, which takes a parameter per image and equals torchvision's functional
+# one, and `random_...`, which draws the parameters as torchvision's transform does. Nothing here waits for the device.
 
 
 def uniform(low, high, shape, generator):
@@ -249,10 +251,191 @@ def uniform(low, high, shape, generator):
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
+def coin(p, count, generator):
+    """(count,) booleans, true with probability p."""
+    return uniform(0, 1, (count,), generator) < p
+
+
+def per_image(values):
+    """(N,) -> (N, 1, 1, 1), to meet images (N, C, H, W)."""
+    return values[:, None, None, None]
+
+
+# --- Geometry and blur: linear maps of rows and columns, as batched matrix products ---------------------
+
+
+def separable(images, rows, columns):
+    """rows (N, H', H) and columns (N, W', W) applied to images (N, C, H, W) -> (N, C, H', W')."""
+    N, C, H, W = images.shape
+    x = images.transpose(1, 2).reshape(N, H * C, W) @ columns.mT  # (N, H C, W')
+    x = rows @ x.view(N, H, -1)  # (N, H', C W')
+    return x.unflatten(2, (C, -1)).transpose(1, 2)  # (N, C, H', W')
+
+
+def resize_weights(start, length, size_in, size_out):
+    """Matrices (N, size_out, size_in) that cut pixels [start, start + length) (N,) out of a line and resize them.
+
+    A row is a triangle around the centre of its output pixel, as wide as that pixel where the line shrinks
+    (antialiasing) and as an input pixel where it grows (bilinear).
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / size_out
+    center = (torch.arange(size_out, device=start.device) + 0.5)[:, None] * scale  # (N, size_out, 1), from start
+    pixel = torch.arange(size_in, device=start.device) + 0.5 - start  # (N, 1, size_in), from start
+    weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel > 0) & (pixel < length))  # nothing from outside the crop
+    return weights / weights.sum(2, keepdim=True)
+
+
+def resized_crop(images, boxes, size, flip):
+    """Crops, resizes and mirrors: boxes (N, 4) are top, left, height, width in whole pixels, flip (N,) booleans.
+
+    -> (N, C, size, size), equal to torchvision's resized_crop with antialias=True, then horizontal_flip.
+    """
+    top, left, height, width = boxes.unbind(1)
+    rows = resize_weights(top, height, images.shape[2], size)
+    columns = resize_weights(left, width, images.shape[3], size)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)  # the mirror costs nothing
+    return separable(images, rows, columns)
+
+
+def random_boxes(count, H, W, scale, ratio, generator):
+    """Boxes (count, 4) as in Inception: a share of the area from `scale`, an aspect log-uniform in `ratio`.
+
+    Of ten tries the first that fits an H x W picture counts; without one it is the whole picture, which is what
+    torchvision's RandomResizedCrop does with square pictures.
+    """
+    area = H * W * uniform(*scale, (count, 10), generator)
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), (count, 10), generator).exp()  # width over height
+    height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (count, 10)
+    fits = (height > 0) & (height <= H) & (width > 0) & (width <= W)
+    first, any_fits = fits.int().argmax(1, keepdim=True), fits.any(1)
+    height = torch.where(any_fits, height.gather(1, first)[:, 0], H)
+    width = torch.where(any_fits, width.gather(1, first)[:, 0], W)
+    top = (uniform(0, 1, (count,), generator) * (H - height + 1)).floor()
+    left = (uniform(0, 1, (count,), generator) * (W - width + 1)).floor()
+    return torch.stack([top, left, height, width], dim=1)
+
+
+def random_resized_crop(images, size, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5):
+    """A random box of each image at (size, size), mirrored with probability `flip`: (N, C, size, size)."""
+    N, _, H, W = images.shape
+    boxes = random_boxes(N, H, W, scale, ratio, generator)
+    return resized_crop(images, boxes, size, coin(flip, N, generator))
+
+
+def blur_weights(sigma, size, radius):
+    """Matrices (N, size, size) that blur a line by a Gaussian of sigma (N,) pixels, mirrored beyond its ends."""
+    pixel = torch.arange(size, device=sigma.device)
+    i, j, sigma = pixel[:, None], pixel, sigma[:, None, None]
+
+    def gaussian(distance):
+        return torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= radius)
+
+    mirrored = gaussian(i + j) * (j > 0) + gaussian(2 * (size - 1) - i - j) * (j < size - 1)
+    weights = gaussian(i - j) + mirrored
+    return weights / weights.sum(2, keepdim=True)
+
+
+def gaussian_blur(images, sigma, kernel_size):
+    """Blurs by sigma (N,) pixels, cut to an odd kernel_size; equal to torchvision's gaussian_blur."""
+    H, W = images.shape[2:]
+    radius = kernel_size // 2
+    return separable(images, blur_weights(sigma, H, radius), blur_weights(sigma, W, radius))
+
+
+def random_gaussian_blur(images, generator, sigma=(0.1, 2.0), p=0.5):
+    """With probability p; the kernel is a tenth of the picture's side, at least 3 (SimCLR, appendix A)."""
+    N, _, H, _ = images.shape
+    strength = uniform(*sigma, (N,), generator)
+    strength = torch.where(coin(p, N, generator), strength, 1e-3)  # a thousandth of a pixel: the picture itself
+    return gaussian_blur(images, strength, max(3, H // 20 * 2 + 1))
+
+
+# --- Colour ---------------------------------------------------------------------------------------------
+
+
+def luma(images):
+    """(N, 3, H, W) -> (N, 1, H, W): brightness as the eye weighs it (ITU-R 601)."""
+    r, g, b = images.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def grayscale(images, chosen):
+    """Takes the colour from the images for which chosen (N,) is true."""
+    return torch.where(per_image(chosen), luma(images), images)
+
+
+def random_grayscale(images, generator, p=0.2):
+    return grayscale(images, coin(p, len(images), generator))
+
+
+def solarize(images, threshold, chosen):
+    """Inverts values from `threshold` on in the images for which chosen (N,) is true."""
+    return torch.where(per_image(chosen) & (images >= threshold), 1 - images, images)
+
+
+def random_solarize(images, generator, threshold=0.5, p=0.2):
+    return solarize(images, threshold, coin(p, len(images), generator))
+
+
+def adjust_hue(images, shift):
+    """Turns hues by shift (N,), in whole circles from -0.5 to 0.5; HSV's value and saturation stay."""
+    r, g, b = images.split(1, dim=1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    safe = torch.where(chroma == 0, 1, chroma)  # grey has no hue
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * per_image(shift)  # (N, 1, H, W), in sixths of the circle
+    distance = [(hue + n) % 6 for n in (5, 3, 1)]  # of red, green and blue from where each begins to fall
+    return value - chroma * torch.cat([torch.minimum(k, 4 - k).clamp(0, 1) for k in distance], dim=1)
+
+
+def color_jitter(images, factors, order):
+    """Brightness, contrast, saturation and hue, in an order of its own for each image, as ColorJitter's.
+
+    factors (N, 4): three factors around 1, and the shift of the hue around 0. order (N, 3): a permutation of 0
+    brightness, 1 contrast, 2 saturation. The hue, which costs most, is turned once: before the first of these in
+    the first quarter of the batch (as tensor_split cuts it), before the second in the second, ..., last in the last.
+    """
+
+    def blend(x, which, factor):  # (n, 3, H, W), (n,), (n,)
+        gray = luma(x)
+        mean = gray.mean((2, 3), keepdim=True)
+        target = gray * per_image(which == 2) + mean * per_image(which == 1)  # black for brightness
+        return torch.lerp(target, x, per_image(factor)).clamp(0, 1)
+
+    quarters = []
+    for place, (x, f, o) in enumerate(zip(*(t.tensor_split(4) for t in (images, factors, order)), strict=True)):
+        for step in range(4):
+            if step == place:
+                x = adjust_hue(x, f[:, 3])
+            if step < 3:
+                which = o[:, step]
+                x = blend(x, which, f.gather(1, which[:, None])[:, 0])
+        quarters.append(x)
+    return torch.cat(quarters)
+
+
+def random_color_jitter(images, generator, brightness, contrast, saturation, hue, p=0.8):
+    """ColorJitter(brightness, contrast, saturation, hue) with probability p for each image."""
+    N, draw = len(images), coin(p, len(images), generator)
+    factors = [
+        torch.where(draw, uniform(max(0, 1 - spread), 1 + spread, (N,), generator), 1.0)
+        for spread in (brightness, contrast, saturation)
+    ]
+    factors.append(torch.where(draw, uniform(-hue, hue, (N,), generator), 0.0))
+    order = uniform(0, 1, (N, 3), generator).argsort(1)
+    shuffle = torch.randperm(N, generator=generator, device=images.device)  # so that any image may be in any quarter
+    return color_jitter(images[shuffle], torch.stack(factors, dim=1), order)[shuffle.argsort()]
+
+
+# --- Normalisation --------------------------------------------------------------------------------------
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
 
 def normalize(images):
     """(N, 3, H, W) in [0, 1] -> mean 0 and deviation 1 of each channel over the pictures of ImageNet."""
-    mean, std = torch.tensor([MEAN, STD], device=images.device)[..., None, None]  # (3, 1, 1) each
-    return (images - mean) / std
+    channels = zip(images.unbind(1), MEAN, STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)

@@ -1,11 +1,212 @@
-"""Each batched operator against torchvision's functional one, image by image, and its random parameters."""
+"""Each batched operator against torchvision's functional one, image by image, and the parameters it draws."""
 
+import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from torchvision.transforms import RandomResizedCrop
 
 import common
 
+N, S = 24, 32
 
-def test_normalize():
-    images = torch.rand(4, 3, 9, 9)
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def images(generator):
+    """Noise and flat colour, greys and extremes among them."""
+    images = torch.rand(N, 3, S, S, generator=generator)
+    images[0], images[1], images[2] = 0, 1, 0.5
+    images[3] = images[3].round()
+    images[4] = images[4, :1]
+    return images
+
+
+def each(operator, images, *parameters):
+    """operator(image, *parameters of that image) for every image: what the batched one must equal."""
+    return torch.stack([operator(image, *row) for image, *row in zip(images, *parameters, strict=True)])
+
+
+def record(monkeypatch, name):
+    """The arguments with which random_... calls the operator `name`, which still does its work."""
+    calls, operator = [], getattr(common, name)
+    monkeypatch.setattr(common, name, lambda *args: calls.append(args) or operator(*args))
+    return calls
+
+
+def assert_same_distribution(a, b):
+    """Two-sample Kolmogorov-Smirnov: equal distributions pass but once in ten thousand."""
+    points = torch.cat([a, b]).sort().values
+    distance = (torch.searchsorted(a.sort().values, points, right=True) / len(a)).sub(
+        torch.searchsorted(b.sort().values, points, right=True) / len(b)
+    )
+    assert distance.abs().max() < 2.23 * ((len(a) + len(b)) / (len(a) * len(b))) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------------
+# Operators
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 80])  # down and up
+@pytest.mark.parametrize("shape", [(32, 32), (40, 25)])
+def test_resized_crop(generator, shape, size):
+    images = torch.rand(N, 3, *shape, generator=generator)
+    boxes = common.random_boxes(N, *shape, (0.05, 1.0), (0.5, 2.0), generator)
+    boxes[0] = torch.tensor([0, 0, *shape])
+    boxes[1] = torch.tensor([5, 6, 1, 1])
+    flip = common.coin(0.5, N, generator)
+
+    def one(image, box, mirrored):
+        image = TF.resized_crop(image, *box.int().tolist(), [size, size], antialias=True)
+        return TF.horizontal_flip(image) if mirrored else image
+
+    expected = each(one, images, boxes, flip)
+    torch.testing.assert_close(common.resized_crop(images, boxes, size, flip), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 9, 23])
+def test_gaussian_blur(images, generator, kernel_size):
+    sigma = common.uniform(0.1, 3.0, (N,), generator)
+    expected = each(lambda x, s: TF.gaussian_blur(x, kernel_size, s.item()), images, sigma)
+    torch.testing.assert_close(common.gaussian_blur(images, sigma, kernel_size), expected, rtol=0, atol=1e-5)
+
+
+def test_no_blur_is_exact(images, generator):
+    assert torch.equal(common.random_gaussian_blur(images, generator, p=0.0), images)
+
+
+def test_adjust_hue(images, generator):
+    shift = common.uniform(-0.5, 0.5, (N,), generator)
+    shift[5], shift[6], shift[7] = -0.5, 0, 0.5
+    expected = each(lambda x, s: TF.adjust_hue(x, s.item()), images, shift)
+    torch.testing.assert_close(common.adjust_hue(images, shift), expected, rtol=0, atol=1e-5)
+
+
+def test_color_jitter(images, generator):
+    factors = torch.cat([common.uniform(0, 2, (N, 3), generator), common.uniform(-0.5, 0.5, (N, 1), generator)], dim=1)
+    order = common.uniform(0, 1, (N, 3), generator).argsort(1)
+    quarter = torch.arange(N) // (N // 4)
+    operators = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+
+    def one(image, factor, three, place):
+        turns = three.tolist()
+        turns.insert(place, 3)
+        for k in turns:
+            image = operators[k](image, factor[k].item())
+        return image
+
+    expected = each(one, images, factors, order, quarter)
+    torch.testing.assert_close(common.color_jitter(images, factors, order), expected, rtol=0, atol=1e-5)
+
+
+def test_grayscale(images, generator):
+    chosen = common.coin(0.5, N, generator)
+    expected = each(lambda x, c: TF.rgb_to_grayscale(x, 3) if c else x, images, chosen)
+    torch.testing.assert_close(common.grayscale(images, chosen), expected)
+
+
+def test_solarize(images, generator):
+    chosen = common.coin(0.5, N, generator)
+    expected = each(lambda x, c: TF.solarize(x, 0.5) if c else x, images, chosen)
+    torch.testing.assert_close(common.solarize(images, 0.5, chosen), expected)
+
+
+def test_normalize(images):
     torch.testing.assert_close(common.normalize(images), TF.normalize(images, common.MEAN, common.STD))
+
+
+# ------------------------------------------------------------------------------------------------------
+# Parameters
+# ------------------------------------------------------------------------------------------------------
+
+MANY = 20_000
+
+
+def small(count=MANY):
+    return torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+
+
+def test_boxes_are_drawn_as_torchvision_draws_them(generator):
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    ours = common.random_boxes(MANY, S, S, scale, ratio, generator)
+    torch.manual_seed(0)
+    picture = torch.empty(3, S, S)
+    theirs = torch.tensor([RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(MANY)]).float()
+    assert torch.equal(ours, ours.round()) and ours.min() >= 0
+    assert (ours[:, :2] + ours[:, 2:]).max() <= S
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        assert_same_distribution(measure(ours), measure(theirs))
+
+
+def test_a_box_that_never_fits_is_the_whole_picture(generator):
+    boxes = common.random_boxes(50, S, S, (1.0, 1.0), (2.0, 3.0), generator)
+    assert torch.equal(boxes, torch.tensor([0.0, 0, S, S]).expand(50, 4))
+
+
+def test_random_resized_crop_draws_per_image_and_flips(monkeypatch, generator):
+    calls = record(monkeypatch, "resized_crop")
+    common.random_resized_crop(small(2000), 2, generator, scale=(0.2, 1.0), flip=0.3)
+    (_, boxes, size, flip), *_ = calls
+    assert size == 2 and len(boxes.unique(dim=0)) > 1
+    assert abs(flip.float().mean() - 0.3) < 0.05
+
+
+def test_color_jitter_draws_as_torchvision_does(monkeypatch, generator):
+    calls = record(monkeypatch, "color_jitter")
+    common.random_color_jitter(small(), generator, 0.4, 1.2, 0.8, 0.2, p=0.75)
+    (_, factors, order), *_ = calls
+    neutral = (factors == torch.tensor([1.0, 1, 1, 0])).all(1)
+    assert abs(neutral.float().mean() - 0.25) < 0.02
+    for drawn, low, high in zip(factors[~neutral].T, (0.6, 0, 0.2, -0.2), (1.4, 2.2, 1.8, 0.2), strict=True):
+        assert low <= drawn.min() and drawn.max() <= high
+        assert_same_distribution(drawn, torch.linspace(low, high, 5000))
+    assert abs(torch.corrcoef(factors[~neutral].T) - torch.eye(4)).max() < 0.05
+    permutations, counts = order.unique(dim=0, return_counts=True)
+    assert len(permutations) == 6 and (counts / MANY - 1 / 6).abs().max() < 0.02
+
+
+def test_color_jitter_keeps_images_in_place_and_turns_any_of_them_at_any_time(monkeypatch, generator):
+    images = small(400)
+    unchanged = common.random_color_jitter(images, generator, 0.0, 0.0, 0.0, 0.0, p=1.0)
+    torch.testing.assert_close(unchanged, images)
+    calls, seen = record(monkeypatch, "color_jitter"), torch.zeros(8, 4)
+    for _ in range(400):
+        common.random_color_jitter(images[:8], generator, 0.1, 0.1, 0.1, 0.1)
+        position = (
+            (calls.pop()[0][:, None] == images[None, :8]).flatten(2).all(2).int().argmax(0)
+        )  # (8,), of each image
+        seen[torch.arange(8), position // 2] += 1
+    assert (seen / 400 - 1 / 4).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("random", "operator"), [("random_grayscale", "grayscale"), ("random_solarize", "solarize")])
+def test_probabilities(monkeypatch, generator, random, operator):
+    calls = record(monkeypatch, operator)
+    getattr(common, random)(small(), generator, p=0.3)
+    assert abs(calls[0][-1].float().mean() - 0.3) < 0.02
+
+
+def test_blur_draws_sigma_uniformly(monkeypatch, generator):
+    calls = record(monkeypatch, "gaussian_blur")
+    common.random_gaussian_blur(torch.rand(5000, 3, 4, 4), generator, p=0.4)
+    (_, sigma, kernel_size), *_ = calls
+    blurred = sigma[sigma > 0.01]
+    assert abs(len(blurred) / 5000 - 0.4) < 0.03 and kernel_size == 3
+    assert_same_distribution(blurred, torch.linspace(0.1, 2.0, 5000))
+
+
+def test_a_seed_fixes_every_operator():
+    images = small(8)
+    for draw in (
+        lambda g: common.random_resized_crop(images, 2, g),
+        lambda g: common.random_color_jitter(images, g, 0.4, 0.4, 0.4, 0.1),
+        lambda g: common.random_grayscale(images, g, p=0.5),
+        lambda g: common.random_gaussian_blur(torch.rand(8, 3, 9, 9, generator=g), g),
+        lambda g: common.random_solarize(images, g, p=0.5),
+    ):
+        first, again, other = (draw(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)

@@ -57,7 +57,7 @@ class Args:
     batch_size: int = flag(512, "pictures N a step, each in two views; paper: 256 to 8192", 2)
     lr: float = flag(1e-3, "peak learning rate of AdamW; the paper's LARS is for batches of thousands", 0)
     weight_decay: float = flag(1e-2, "of weight matrices, neither of norms nor of biases", 0)
-    warmup: float = flag(0.05, "share of the steps in which the learning rate rises; paper: 10 epochs", 0, 1)
+    warmup: float = flag(0.05, "share of the steps in which the learning rate rises; paper: 10 epochs", 0, 0.9)
     temperature: float = flag(0.5, "t; paper: 0.1 on ImageNet, 0.5 on CIFAR-10", 0.01)
     projection_dim: int = flag(128, "size of z; paper: 128", 1)
     crop: float = flag(0.08, "smallest share of a picture that a view shows; paper: 0.08", 0.01, 1)
@@ -108,7 +108,7 @@ def parse_args(argv=None):
             type=field.type,
             default=default,
             choices=choices,
-            help=f"{text} (default {default or 'none'}{bounds})".replace("%", "%%"),
+            help=f"{text} ({default}{bounds})" if default != "" else text,
         )
     args = Args(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(Args):
@@ -258,7 +258,7 @@ def pretrain(model, images, args, run, monitor):
             schedule.step()
             losses[step] = loss.detach()
             if epoch == 1:
-                run.foresee(step, steps, losses)
+                run.foresee(step, losses)
         loss = run.mean_loss(losses, epoch)  # the one wait for the device in an epoch
         seconds = time.perf_counter() - start
         metrics = {"loss": loss, "bound": math.log(2 * N - 1) - loss, "images_per_second": steps * N / seconds}
@@ -273,11 +273,12 @@ class Run:
 
     def __init__(self, args):
         """Raises UserError where the folder cannot be written, or holds a run that would be lost."""
-        self.args, self.folder, self.history = args, Path(args.out), []
-        if (self.folder / "args.json").exists():
+        self.args, self.folder, self.history, self.ticks = args, Path(args.out), [], []
+        if (self.folder / "checkpoint.pt").exists():
             raise UserError(f"--out {self.folder}: holds a run already; name another folder, or remove this one")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "metrics.jsonl").write_text("")
             self.write("args.json", json.dumps(dataclasses.asdict(args), indent=2))
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
@@ -288,16 +289,16 @@ class Run:
         temporary.write_text(content + "\n") if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(self.folder / name)
 
-    def foresee(self, step, steps, losses):
-        """Says early in the first epoch how long pretraining will take, from the time between two steps."""
+    def foresee(self, step, losses):
+        """Says early in the first epoch how long pretraining will take, from the ten steps between two of its steps."""
         if step in (10, 20):
             losses[step].item()  # waits for the device
-            self.tick, before = time.perf_counter(), getattr(self, "tick", None)
-            if before:
-                minutes = (self.tick - before) / 10 * steps * self.args.epochs / 60
-                slow = losses.device.type == "cpu" and self.args.encoder != "small"
-                advice = "; on a CPU, --encoder small is made for that" if slow else ""
-                print(f"pretraining will take about {minutes:.1f} minutes{advice}", flush=True)
+            self.ticks.append(time.perf_counter())
+        if step == 20:
+            minutes = (self.ticks[1] - self.ticks[0]) / 10 * len(losses) * self.args.epochs / 60
+            slow = losses.device.type == "cpu" and self.args.encoder != "small"
+            advice = "; the recipe for a CPU is --encoder small" if slow else ""
+            print(f"pretraining will take about {minutes:.1f} minutes{advice}", flush=True)
 
     def mean_loss(self, losses, epoch):
         """losses (steps,) of an epoch -> their mean. Raises UserError if one of them is not finite."""
@@ -377,7 +378,7 @@ def linear_probe(train, train_labels, test, test_labels):
     def accuracy(layer, x, y):
         return (layer(x).argmax(1) == y).sum().item() / len(y)
 
-    held = torch.arange(len(train), device=train.device) % 10 == 9
+    held = torch.arange(len(train), device=train.device) % 10 == 0
     layer, best, strength = nn.Linear(train.shape[1], classes, device=train.device), -1.0, None
     nn.init.zeros_(layer.weight)
     for l2 in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):  # from strong to weak, each from the solution of the one before
@@ -457,7 +458,7 @@ def main(args):
 
     def monitor():
         """kNN of a tenth of the training pictures among the rest: what recipes are chosen by."""
-        train, held = features(model.encoder, data.train_images), torch.arange(M, device=device) % 10 == 9
+        train, held = features(model.encoder, data.train_images), torch.arange(M, device=device) % 10 == 0
         labels = data.train_labels
         return {"knn": knn_accuracy(train[~held], labels[~held], train[held], labels[held])}
 

@@ -1,11 +1,57 @@
-"""The loss against the lecture's formula, and the script from the command line to its files."""
+"""The loss against the lecture's formula, the parts of the script, and the script as a person runs it."""
 
+import json
 import math
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 
+import common
 import simclr
+
+ROOT = Path(__file__).parent.parent
+
+
+def small_run(data, out, *flags):
+    """main on a few shapes, in two short epochs."""
+    arguments = ["--dataset", str(data), "--encoder", "small", "--epochs", "2", "--batch-size", "32"]
+    return simclr.main(simclr.parse_args([*arguments, "--out", str(out), *flags]))
+
+
+@pytest.fixture(scope="module")
+def few_shapes(tmp_path_factory):
+    """An .npz file with 200 training and 50 test pictures."""
+    data, path = common.load_dataset("shapes"), tmp_path_factory.mktemp("data") / "few.npz"
+    arrays = {}
+    for split, count in (("train", 200), ("test", 50)):
+        arrays[f"{split}_images"] = getattr(data, f"{split}_images")[:count].permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = getattr(data, f"{split}_labels")[:count].numpy()
+    np.savez(path, **arrays)
+    return path
+
+
+def error_of(monkeypatch, capsys, *arguments):
+    """What `python simclr.py ...` says of bad input: one line on stderr, and exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# ------------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------------
 
 
 def lecture_loss(z1, z2, temperature):
@@ -22,13 +68,228 @@ def lecture_loss(z1, z2, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("N", [1, 2, 13])
+@pytest.mark.parametrize("N", [2, 3, 13])
 def test_nt_xent_is_the_lectures_formula(N, temperature):
     z1, z2 = torch.randn(2, N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(N))
     expected = lecture_loss(z1, z2, temperature)
     assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_nt_xent_of_identical_projections_is_chance():
-    z = torch.randn(1, 6).expand(16, 6)
-    assert simclr.nt_xent(z, z, 0.1).item() == pytest.approx(math.log(31), abs=1e-5)
+@pytest.mark.parametrize("N", [2, 16])
+def test_nt_xent_of_identical_projections_is_chance(N):
+    z = torch.randn(1, 6, dtype=torch.float64).expand(N, 6)
+    assert simclr.nt_xent(z, z, 0.1).item() == pytest.approx(math.log(2 * N - 1), abs=1e-9)
+
+
+def test_nt_xent_has_the_gradient_of_the_formula():
+    z1, z2 = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda a, b: simclr.nt_xent(a, b, 0.3), (z1.requires_grad_(), z2.requires_grad_()))
+
+
+# ------------------------------------------------------------------------------------------------------
+# Views, model, optimizer
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_two_views_keep_the_order_of_the_pictures():
+    flat = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(25, 3, 8, 8)
+    args = simclr.parse_args(["--jitter", "0", "--gray", "0", "--blur", "1"])
+    views = simclr.two_views(flat, args, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(views, torch.cat([flat, flat]) / 255)
+
+
+def test_two_views_differ_and_a_seed_fixes_them():
+    images, args = common.load_dataset("shapes").train_images[:40], simclr.parse_args([])
+    first, again, other = (simclr.two_views(images, args, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first, again) and first.shape == (80, 3, 32, 32)
+    assert ((first[:40] - first[40:]).abs().mean((1, 2, 3)) > 0.005).all() and not torch.equal(first, other)
+    assert 0 <= first.min() and first.max() <= 1
+    colourless = (first.amax(1) - first.amin(1)).amax((1, 2)) < 1e-6
+    assert 0.3 < colourless.float().mean() < 0.7  # half of them
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18", "resnet50"])
+def test_encoders_are_torchvisions(name):
+    encoder, D = simclr.build_encoder(name)
+    assert encoder.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, D)
+    reference = getattr(torchvision.models, "resnet18" if name == "small" else name)().state_dict()
+    if name != "small":
+        del reference["conv1.weight"]
+        assert {"fc.weight", "fc.bias", "conv1.weight"} == set(reference) ^ set(encoder.state_dict())
+    for key, value in encoder.state_dict().items():
+        assert key == "conv1.weight" or value.shape == reference[key].shape
+
+
+def test_learning_rate_rises_and_falls():
+    rate = [simclr.warmup_cosine(step, 100, 0.1) for step in range(101)]
+    assert rate[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    assert rate[10:] == sorted(rate[10:], reverse=True) and rate[100] == pytest.approx(0)
+    assert rate[55] == pytest.approx(0.5)
+
+
+def test_only_matrices_and_kernels_are_decayed():
+    model = simclr.SimCLR(simclr.parse_args([]))
+    decayed, others = (group["params"] for group in simclr.adamw(model, simclr.parse_args([])).param_groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in others} == {n for n in names.values() if "bn" in n or ".1." in n or "bias" in n}
+    assert len(decayed) + len(others) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Probes
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_knn_is_the_weighted_vote():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    bank_labels, labels = (torch.randint(4, (n,), generator=generator) for n in (60, 30))
+    correct = 0
+    for query, label in zip(queries, labels, strict=True):
+        s = F.cosine_similarity(query[None], bank)
+        votes = [0.0] * 4
+        for i in s.argsort(descending=True)[:7]:
+            votes[bank_labels[i]] += math.exp(s[i] / 0.1)
+        correct += votes.index(max(votes)) == label
+    assert simclr.knn_accuracy(bank, bank_labels, queries, labels, k=7) == correct / 30
+
+
+def probe_data(noise):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (600,), generator=generator)
+    x = F.one_hot(labels, 8).float() + noise * torch.randn(600, 8, generator=generator)
+    return x[:400], labels[:400], x[400:], labels[400:]
+
+
+def test_linear_probe():
+    assert simclr.linear_probe(*probe_data(0.1)) == 1
+    x, y, test, test_y = probe_data(1.0)
+    accuracy = simclr.linear_probe(x, y, test, test_y)
+    assert 0.45 < accuracy < 0.75  # the best possible classifier reads 0.63
+    scale, shift = torch.rand(8) * 10 + 0.1, torch.randn(8) * 100
+    assert simclr.linear_probe(x * scale + shift, y, test * scale + shift, test_y) == pytest.approx(accuracy, abs=0.02)
+    shuffled = y[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    assert simclr.linear_probe(x, shuffled, test, test_y) < 0.45  # chance is 0.33
+
+
+# ------------------------------------------------------------------------------------------------------
+# The script
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_run(few_shapes, tmp_path):
+    summary = small_run(few_shapes, tmp_path / "run", "--eval-every", "2")
+    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", "views.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert json.loads((tmp_path / "run/args.json").read_text())["batch_size"] == 32
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    expected = "method command date dataset seed device threads torch epochs parameters images_per_second"
+    assert set(expected.split()) <= set(summary) and summary["total_seconds"] > summary["pretrain_seconds"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and ["knn" in line for line in lines] == [False, True]
+    assert all(line["bound"] == pytest.approx(math.log(63) - line["loss"]) for line in lines)
+
+    encoder = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(encoder, strict=False)
+    assert not unexpected and all(key.startswith(("layer1.1", "layer2.1", "layer3", "layer4", "fc")) for key in missing)
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["method"] == "simclr" and checkpoint["epoch"] == 2
+    for key, value in encoder.items():
+        assert torch.equal(checkpoint["model"]["encoder." + key], value)
+
+
+def test_a_seed_fixes_the_encoder_and_labels_play_no_part(few_shapes, tmp_path):
+    arrays = dict(np.load(few_shapes))
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "shuffled.npz", **arrays | {"train_labels": rng.permutation(arrays["train_labels"])})
+    runs = {"first": few_shapes, "again": few_shapes, "shuffled": tmp_path / "shuffled.npz", "other": few_shapes}
+    weights = {}
+    for name, data in runs.items():
+        small_run(data, tmp_path / name, "--seed", str(int(name == "other")))
+        encoder = torch.load(tmp_path / name / "encoder.pt", weights_only=True)
+        weights[name] = torch.cat([value.flatten().float() for value in encoder.values()])
+    assert torch.equal(weights["first"], weights["again"])
+    assert torch.equal(weights["first"], weights["shuffled"])
+    assert not torch.equal(weights["first"], weights["other"])
+
+
+def test_copied_with_common_alone_it_learns_on_shapes(tmp_path):
+    for name in ("simclr.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "-W", "error", "simclr.py", "--epochs", "4", "--out", "run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stderr == ""
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["command"] == "python simclr.py --epochs 4 --out run"
+    assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.1
+    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.1
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"simclr.py", "common.py", "run"}
+
+
+def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket", None)
+    monkeypatch.setattr(sys, "argv", ["simclr.py", "--dataset", "cifar10", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
+    assert caught.value.code == 0 and "--temperature" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_and_what_overrides_them():
+    assert simclr.parse_args([]).batch_size == 64
+    assert simclr.parse_args(["--dataset", "cifar10"]).encoder == "resnet18"
+    small = simclr.parse_args(["--dataset", "mine.npz", "--encoder", "small", "--epochs", "3"])
+    assert (small.encoder, small.epochs, small.batch_size) == ("small", 3, 128)
+    assert small.out == "runs/simclr-mine-seed0"
+    for recipe in simclr.RECIPES:
+        simclr.parse_args(["--dataset", *recipe.split()])  # every value in its range
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "cifar"], "--dataset cifar: unknown"),
+        (["--dataset", "none.npz"], "none.npz: no such file"),
+        (["--batch-size", "4097"], "--batch-size 4097: shapes has only 4096 training pictures"),
+        (["--batch-size", "1"], "--batch-size 1: must be at least 2"),
+        (["--lr", "-1"], "--lr -1.0: must be at least 0"),
+        (["--lr", "nan"], "--lr nan: must be at least 0"),
+        (["--crop", "2"], "--crop 2.0: must be from 0.01 to 1"),
+        (["--eval-every", "0"], "--eval-every 0: must be at least 1"),
+        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["--encoder", "vgg"], "--encoder: invalid choice: 'vgg'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--device", "abacus"], "--device abacus: not available"),
+        (["--dataset"], "--dataset: expected one argument"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(monkeypatch, capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_npz(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    line = error_of(monkeypatch, capsys, "--dataset", tmp_path / "broken.npz", "--out", tmp_path / "run")
+    assert "broken.npz: not a readable .npz file" in line and not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_written(few_shapes, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    flags = "--dataset", few_shapes, "--batch-size", 32, "--out"
+    assert "cannot be written" in error_of(monkeypatch, capsys, *flags, tmp_path / "file")
+    assert "cannot be written" in error_of(monkeypatch, capsys, *flags, tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_not_overwritten_and_a_loss_that_is_not_finite_stops_it(few_shapes, tmp_path, monkeypatch, capsys):
+    with pytest.raises(common.UserError, match="the loss is not finite at step [2-9], in epoch 1"):
+        small_run(few_shapes, tmp_path / "run", "--lr", "1e30")
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    small_run(few_shapes, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    flags = "--dataset", few_shapes, "--batch-size", 32, "--out", tmp_path / "run"
+    assert "holds a run already" in error_of(monkeypatch, capsys, *flags)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}

@@ -365,7 +365,7 @@ def linear_probe(train, train_labels, test, test_labels):
 
     def fit(layer, x, y, l2):
         """Minimises cross-entropy + l2 |weights|^2 from where the layer stands; the problem is convex."""
-        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
         def objective():
             optimizer.zero_grad()

@@ -72,8 +72,8 @@ class Args:
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
 RECIPES = {
-    "shapes": dict(encoder="small", epochs=12, batch_size=64, temperature=0.2, crop=0.8, jitter=1.0, gray=0.5,
-                   eval_every=4),
+    "shapes": dict(encoder="small", epochs=12, batch_size=64, weight_decay=0.05, temperature=0.1,
+                   crop=0.8, jitter=1.0, gray=0.5, eval_every=4),
     "cifar10": dict(),
     "cifar10 --encoder small": dict(epochs=8, batch_size=128, temperature=0.2, crop=0.2, eval_every=2),
 }  # fmt: skip

@@ -44,8 +44,10 @@ METHOD = "simclr"
 
 
 def flag(default, text, low=None, high=math.inf, choices=None):
-    """A field of Args: its default, its help, and the range of a number, both ends included."""
-    return dataclasses.field(default=default, metadata={"text": text, "low": low, "high": high, "choices": choices})
+    """A field of Args: its default, its help, and for a number its range, ends included."""
+    bounds = "" if low is None else f"at least {low}" if high == math.inf else f"from {low} to {high}"
+    metadata = {"text": text, "choices": choices, "low": low, "high": high, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -61,13 +63,13 @@ class Args:
     temperature: float = flag(0.5, "t; paper: 0.1 on ImageNet, 0.5 on CIFAR-10", 0.01)
     projection_dim: int = flag(128, "size of z; paper: 128", 1)
     crop: float = flag(0.08, "smallest share of a picture that a view shows; paper: 0.08", 0.01, 1)
-    jitter: float = flag(0.5, "strength of the colour jitter; paper: 1 on ImageNet, 0.5 on CIFAR-10", 0, 1.25)
+    jitter: float = flag(0.5, "strength of the colour jitter; paper: 1 on ImageNet, 0.5 on CIFAR-10", 0, 2.5)
     gray: float = flag(0.2, "share of the views without colour; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "share of the views that are blurred; paper: 0.5 on ImageNet, none on CIFAR-10", 0, 1)
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training pictures", 1)
     seed: int = flag(0, "fixes initial weights, batches and augmentations", 0, 2**31)
     device: str = flag("auto", "auto: cuda, else mps, else cpu")
-    out: str = flag("", "run folder; empty: runs/<method>-<dataset>-seed<seed>")
+    out: str = flag("auto", "run folder; auto: runs/<method>-<dataset>-seed<seed>")
 
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
@@ -75,7 +77,7 @@ RECIPES = {
     "shapes": dict(encoder="small", epochs=12, batch_size=64, weight_decay=0.05, temperature=0.1,
                    crop=0.8, jitter=1.0, gray=0.5, eval_every=4),
     "cifar10": dict(),
-    "cifar10 --encoder small": dict(epochs=8, batch_size=128, temperature=0.2, crop=0.2, eval_every=2),
+    "cifar10 --encoder small": dict(epochs=8, batch_size=128, temperature=0.1, crop=0.2, eval_every=2),
 }  # fmt: skip
 
 
@@ -84,40 +86,32 @@ def parse_args(argv=None):
 
     Raises UserError for an unknown flag and for a value that is out of its range.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default="shapes")
-    first.add_argument("--encoder")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
 
     def error(message):
         raise UserError(message)
 
-    first.error = parser.error = error
-    given, _ = first.parse_known_args(argv)
+    parser.error = error
+    for field in dataclasses.fields(Args):
+        text, choices, _, _, bounds = field.metadata.values()
+        name, notes = "--" + field.name.replace("_", "-"), f"%(default)s, {bounds}" if bounds else "%(default)s"
+        parser.add_argument(name, type=field.type, default=field.default, choices=choices, help=f"{text} ({notes})")
+    given, _ = parser.parse_known_args(argv)
     recipe = given.dataset if given.dataset in RECIPES else "cifar10"
     if given.encoder == "small" and recipe != "shapes":
         recipe += " --encoder small"
-    for field in dataclasses.fields(Args):
-        text, low, high, choices = field.metadata.values()
-        default = RECIPES[recipe].get(field.name, field.default)
-        bounds = "" if low is None else f", {low} or more" if high == math.inf else f", {low} to {high}"
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=field.type,
-            default=default,
-            choices=choices,
-            help=f"{text} ({default}{bounds})" if default != "" else text,
-        )
+    parser.set_defaults(**RECIPES[recipe])
+    parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
     args = Args(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(Args):
-        _, low, high, _ = field.metadata.values()
+        _, _, low, high, bounds = field.metadata.values()
         value = getattr(args, field.name)
-        if low is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if bounds and not (low <= value <= high and math.isfinite(value)):
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be {bounds}")
-    args.out = args.out or f"runs/{METHOD}-{Path(args.dataset).stem}-seed{args.seed}"
+    if args.out == "auto":
+        args.out = f"runs/{METHOD}-{Path(args.dataset).stem}-seed{args.seed}"
     return args
 
 
@@ -296,9 +290,7 @@ class Run:
             self.ticks.append(time.perf_counter())
         if step == 20:
             minutes = (self.ticks[1] - self.ticks[0]) / 10 * len(losses) * self.args.epochs / 60
-            slow = losses.device.type == "cpu" and self.args.encoder != "small"
-            advice = "; the recipe for a CPU is --encoder small" if slow else ""
-            print(f"pretraining will take about {minutes:.1f} minutes{advice}", flush=True)
+            print(f"pretraining will take about {minutes:.1f} minutes", flush=True)
 
     def mean_loss(self, losses, epoch):
         """losses (steps,) of an epoch -> their mean. Raises UserError if one of them is not finite."""
@@ -313,10 +305,11 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.history[-1]) + "\n")
         left = sum(line["seconds"] for line in self.history) / epoch * (self.args.epochs - epoch)
+        minutes, seconds = divmod(round(left), 60)
         knn = f"  kNN {metrics['knn']:6.1%}" if "knn" in metrics else ""
         print(
             f"epoch {epoch:{len(str(self.args.epochs))}}/{self.args.epochs}  loss {metrics['loss']:.3f}"
-            f"  {metrics['images_per_second']:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left{knn}",
+            f"  {metrics['images_per_second']:.0f} images/s  {minutes}:{seconds:02} left{knn}",
             flush=True,
         )
 
@@ -450,6 +443,8 @@ def main(args):
         raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {M} training pictures")
     run = Run(args)
     print(f"{METHOD} on {args.dataset}: {M} pictures, {S} x {S}; {device}; results go to {run.folder}", flush=True)
+    if device.type == "cpu" and args.encoder != "small":
+        print(f"{args.encoder} is made for a GPU; the recipe for a CPU is --encoder small", flush=True)
     save_views(run.folder / "views.png", data.train_images, args)
 
     torch.manual_seed(args.seed)

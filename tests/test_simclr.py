@@ -129,7 +129,9 @@ def test_learning_rate_rises_and_falls():
 
 def test_only_matrices_and_kernels_are_decayed():
     model = simclr.SimCLR(simclr.parse_args([]))
-    decayed, others = (group["params"] for group in simclr.adamw(model, simclr.parse_args([])).param_groups)
+    groups = simclr.adamw(model, simclr.parse_args(["--weight-decay", "0.3"])).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    decayed, others = (group["params"] for group in groups)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in others} == {n for n in names.values() if "bn" in n or ".1." in n or "bias" in n}
     assert len(decayed) + len(others) == len(names)
@@ -154,6 +156,16 @@ def test_knn_is_the_weighted_vote():
     assert simclr.knn_accuracy(bank, bank_labels, queries, labels, k=7) == correct / 30
 
 
+def test_features_come_from_a_frozen_encoder():
+    images = common.load_dataset("shapes").test_images[:600]
+    encoder = simclr.build_encoder("small")[0].train()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    features = simclr.features(encoder, images)
+    assert features.shape == (600, 128) and not features.requires_grad
+    torch.testing.assert_close(features[590:591], simclr.features(encoder.train(), images[590:591]))
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
 def probe_data(noise):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (600,), generator=generator)
@@ -166,7 +178,7 @@ def test_linear_probe():
     x, y, test, test_y = probe_data(1.0)
     accuracy = simclr.linear_probe(x, y, test, test_y)
     assert 0.45 < accuracy < 0.75  # the best possible classifier reads 0.63
-    scale, shift = torch.rand(8) * 10 + 0.1, torch.randn(8) * 100
+    scale, shift = 10 ** torch.linspace(-2, 2, 8), torch.randn(8, generator=torch.Generator().manual_seed(0))
     assert simclr.linear_probe(x * scale + shift, y, test * scale + shift, test_y) == pytest.approx(accuracy, abs=0.02)
     shuffled = y[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
     assert simclr.linear_probe(x, shuffled, test, test_y) < 0.45  # chance is 0.33

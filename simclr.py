@@ -15,6 +15,11 @@ pretraining g is thrown away: what a classifier reads is h.
     python simclr.py --dataset cifar10                     ResNet-18, on a GPU
     python simclr.py --dataset cifar10 --encoder small     a small ResNet, on two CPU cores
     python simclr.py --dataset pictures.npz                pictures of your own, see README.md
+
+Linear probe on test, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1; records in results/):
+
+    shapes                       41.4 -> 90.1 %, 38.2 -> 86.9 %, 39.6 -> 86.9 % with seeds 0, 1, 2; 78 to 97 s
+    cifar10 --encoder small      44.2 -> 59.2 % with seed 0; 11 minutes
 """
 
 import argparse

@@ -183,7 +183,7 @@ def sample_shapes(count, generator):
     color = torch.randint(len(COLORS), (count,), generator=generator)
 
     # The background runs from one colour to another. The foreground is apart from every mixture of the two: its
-    # distance from the straight line between them, in RGB, is at least 0.35.
+    # distance from the straight line between them, in RGB, is more than 0.35.
     palette = torch.tensor(list(COLORS.values())) / 255  # (K, 3)
     line = palette[None] - palette[:, None]  # (K, K, 3), from the first colour to the second
     offset = palette[:, None, None] - palette[None, :, None]  # (K, K, 1, 3), from the first to the foreground

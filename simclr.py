@@ -306,6 +306,7 @@ class Run:
         return losses.mean().item()
 
     def log(self, epoch, metrics):
+        """A line of metrics.jsonl, and a shorter one on the screen."""
         self.history.append({"epoch": epoch} | metrics)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.history[-1]) + "\n")
@@ -319,6 +320,7 @@ class Run:
         )
 
     def save(self, epoch, parts):
+        """The checkpoint: tensors and plain values only, so that it loads with weights_only=True."""
         state = {name: part.state_dict() for name, part in parts.items()}
         self.write("checkpoint.pt", {"method": METHOD, "args": dataclasses.asdict(self.args), "epoch": epoch} | state)
 
@@ -339,7 +341,7 @@ def features(encoder, images):
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
     """Weighted nearest neighbours (Wu et al. 2018, InstDisc): features (M, D), (Q, D) -> accuracy in [0, 1].
 
-    The k pictures of the bank that have the highest cosine s with a query vote for their class with exp(s / 0.1).
+    The k pictures of the bank that have the highest cosine s with a query vote for their class with exp(s / temperature).
     """
     bank, queries, correct = F.normalize(bank, dim=1), F.normalize(queries, dim=1), 0
     classes = int(bank_labels.max()) + 1

@@ -341,7 +341,7 @@ def features(encoder, images):
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
     """Weighted nearest neighbours (Wu et al. 2018, InstDisc): features (M, D), (Q, D) -> accuracy in [0, 1].
 
-    The k pictures of the bank that have the highest cosine s with a query vote for their class with exp(s / temperature).
+    The k pictures of the bank of highest cosine s with a query vote for their class, each with exp(s / temperature).
     """
     bank, queries, correct = F.normalize(bank, dim=1), F.normalize(queries, dim=1), 0
     classes = int(bank_labels.max()) + 1

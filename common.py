@@ -4,10 +4,14 @@ Pictures lie as one uint8 tensor on the training device; augmentations work ther
 images in [0, 1], with one parameter per image, drawn from an explicit torch.Generator.
 """
 
+import hashlib
 import math
+import os
 import tempfile
 import zipfile
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 
 
 class UserError(Exception):
@@ -28,7 +33,11 @@ class UserError(Exception):
 
 @dataclass
 class Dataset:
-    """Images uint8 (N, 3, S, S) in channels_last order, labels int64 (N,), the class names, and captions if any."""
+    """Images uint8 (N, 3, S, S) in channels_last order, labels int64, the class names, and captions if any.
+
+    train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels, and a
+    folder of plain pictures has no labels, no test images and no classes.
+    """
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -39,29 +48,61 @@ class Dataset:
     test_captions: list[str] | None = None
 
     def to(self, device):
-        return Dataset(*(v.to(device) if torch.is_tensor(v) else v for v in vars(self).values()))
+        """The same on the device; images that would fill more than half of a GPU's free memory stay where they are."""
+        parts = dict(vars(self))
+        size = sum(v.nbytes for v in parts.values() if torch.is_tensor(v))
+        stay = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2
+        for name, value in parts.items():
+            if torch.is_tensor(value) and not (stay and name.endswith("images")):
+                parts[name] = value.to(device)
+        return Dataset(**parts)
 
 
-def load_dataset(name, data_dir="data"):
-    """`shapes`, `cifar10`, or the path of an .npz file with MedMNIST's keys -> Dataset.
+def batches(images, order, size, device):
+    """Rows `order` (n,) of images (M, 3, S, S), whole batches of them: yields (size, 3, S, S) on the device.
 
-    CIFAR-10 is downloaded once by torchvision and kept as <data_dir>/cifar10.npz, which is all that later calls
-    read. Raises UserError, in one line, for a data set that is unknown, unreachable, broken or badly laid out.
+    Images that did not fit there are gathered by a thread, ahead of time, and copied from pinned memory.
+    """
+    indices = order[: len(order) // size * size].to(images.device).split(size)
+    if images.device == device:
+        yield from (images[index] for index in indices)
+        return
+    ahead = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for index in indices:
+            ahead.append(pool.submit(lambda i: images[i].pin_memory().to(device, non_blocking=True), index))
+            if len(ahead) == 4:
+                yield ahead.popleft().result()
+        yield from (batch.result() for batch in ahead)
+
+
+def load_dataset(name, data_dir="data", image_size=96):
+    """`shapes`, `cifar10`, `cifar100`, `stl10`, or a path: of an .npz file, or of a folder of pictures -> Dataset.
+
+    The second to fourth are downloaded once by torchvision and kept as <data_dir>/<name>.npz, which is all that later
+    calls read. Pictures of a folder become image_size pixels square, larger ones in an .npz file shrink to that.
+    Raises UserError, in one line, for a data set that is unknown, unreachable, broken or badly laid out.
     """
     if name == "shapes":
         return shapes_dataset()
-    if name == "cifar10":
-        path = Path(data_dir, "cifar10.npz")
+    if name in ("cifar10", "cifar100", "stl10"):
+        path = Path(data_dir, f"{name}.npz")
         if not path.exists():
-            download_cifar10(path)
-        return npz_dataset(path)
+            download(name, path)
+        return npz_dataset(path, image_size)
     if Path(name).suffix == ".npz":
-        return npz_dataset(Path(name))
-    raise UserError(f"--dataset {name}: unknown; it is shapes, cifar10 or the path of an .npz file")
+        return npz_dataset(Path(name), image_size)
+    if Path(name).is_dir():
+        return folder_dataset(Path(name), Path(data_dir), image_size)
+    raise UserError(f"--dataset {name}: is not shapes, cifar10, cifar100, stl10, an .npz file or a folder of pictures")
 
 
-def npz_dataset(path):
-    """{train,test}_images, uint8 (N, S, S) or (N, S, S, 3), and {train,test}_labels, integers (N,) or (N, 1)."""
+def npz_dataset(path, image_size):
+    """{train,test}_images, uint8 (N, S, S) or (N, S, S, 3), and {train,test}_labels, integers (N,) or (N, 1).
+
+    There may be fewer train_labels than train_images: the last images are then unlabelled. `classes`, their names,
+    may be there too.
+    """
     arrays = {}
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -69,6 +110,7 @@ def npz_dataset(path):
                 if key not in file:
                     raise UserError(f"{path}: has no array {key}; its arrays are {', '.join(file) or 'none'}")
                 arrays[key] = file[key]
+            names = file["classes"].tolist() if "classes" in file else []
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -83,28 +125,117 @@ def npz_dataset(path):
         if images.dtype != np.uint8 or N == 0 or H != W or C != 3:
             shape = arrays[f"{split}_images"].shape
             raise UserError(f"{path}: {split}_images is {images.dtype} {shape}, not uint8 (N, S, S) or (N, S, S, 3)")
-        if labels.dtype.kind not in "iu" or labels.shape not in ((N,), (N, 1)) or labels.min() < 0:
+        L = len(labels) if labels.ndim and split == "train" else N
+        if labels.dtype.kind not in "iu" or labels.shape not in ((L,), (L, 1)) or not 0 < L <= N or labels.min() < 0:
             raise UserError(f"{path}: {split}_labels is {labels.dtype} {labels.shape}, not {N} class numbers from 0 on")
-        tensors += [torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.reshape(N).astype(np.int64))]
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, S, S)
+        tensors += [shrink(images, image_size), torch.from_numpy(labels.reshape(L).astype(np.int64))]
     if tensors[0].shape[1:] != tensors[2].shape[1:]:
         raise UserError(f"{path}: train_images and test_images differ in size")
-    classes = max(int(tensors[1].max()), int(tensors[3].max())) + 1
-    return Dataset(*tensors, [str(label) for label in range(classes)])
+    count = max(int(tensors[1].max()), int(tensors[3].max())) + 1
+    return Dataset(*tensors, names if len(names) >= count else [str(label) for label in range(count)])
 
 
-def download_cifar10(path):
-    """Fetches CIFAR-10 with torchvision and writes it to `path`, whole or not at all."""
+def shrink(images, size):
+    """uint8 (N, 3, S, S) with S above `size` -> (N, 3, size, size), antialiased; others as they are."""
+    if images.shape[3] <= size:
+        return images
+    parts = [F.interpolate(x.float(), size, mode="bilinear", antialias=True).round().byte() for x in images.split(1000)]
+    return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+
+def download(name, path):
+    """Fetches a data set with torchvision and writes it to `path`, whole or not at all."""
+    source = getattr(torchvision.datasets, name.upper())
+    if name == "stl10":  # the 5,000 labelled training pictures come first
+        splits = {"train": {"split": "train+unlabeled"}, "test": {"split": "test"}}
+    else:
+        splits = {"train": {"train": True}, "test": {"train": False}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             arrays = {}
-            for split in ("train", "test"):
-                part = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
-                arrays |= {f"{split}_images": part.data, f"{split}_labels": np.array(part.targets)}
-            np.savez(Path(folder, path.name), **arrays)
+            for split, where in splits.items():
+                part = source(folder, download=True, **where)
+                images, labels = part.data, np.array(part.labels if name == "stl10" else part.targets)
+                arrays[f"{split}_images"] = images.transpose(0, 2, 3, 1) if name == "stl10" else images
+                arrays[f"{split}_labels"] = labels[labels >= 0]  # torchvision labels the unlabelled -1
+            np.savez(Path(folder, path.name), **arrays, classes=np.array(part.classes))
             Path(folder, path.name).replace(path)
     except (OSError, RuntimeError) as error:  # no network, a broken archive, a folder that cannot be written
-        raise UserError(f"--dataset cifar10: {path} is not there and cannot be downloaded ({error})") from None
+        raise UserError(f"--dataset {name}: {path} is not there and cannot be downloaded ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------
+# Folders of pictures
+# ------------------------------------------------------------------------------------------------------
+
+
+def folder_dataset(root, data_dir, image_size):
+    """train/<class>/* and test/<class>/* or val/<class>/*; or else every picture below root, without classes."""
+    train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
+    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
+    if not classes:
+        images = decode(root, list_pictures(root), data_dir, image_size)
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Dataset(images, nothing, images[:0], nothing, [])
+    if not test.is_dir():
+        raise UserError(f"{root}: has train/<class> folders, but no test/<class> or val/<class> ones for the probes")
+    parts = []
+    for split in (train, test):
+        for folder in split.iterdir():
+            if folder.is_dir() and folder.name not in classes:
+                raise UserError(f"{folder}: there is no class of that name in {train}")
+        files = [[*list_pictures(split / name)] if (split / name).is_dir() else [] for name in classes]
+        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(of) for of in files]))
+        parts += [decode(root, sum(files, []), data_dir, image_size), labels]
+    return Dataset(*parts, classes)
+
+
+def list_pictures(folder):
+    """The picture files below a folder, sorted. Raises UserError if there are none."""
+    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    if not files:
+        raise UserError(f"{folder}: there are no pictures in it, such as .jpg or .png files")
+    return files
+
+
+def decode(root, files, data_dir, size):
+    """Picture files -> uint8 (N, 3, size, size), mapped from an .npy file in data_dir that is made on first use.
+
+    The file appears there when it is complete. Its name holds a hash of the names, sizes and times of the pictures,
+    so that a folder that has changed is decoded anew.
+    """
+    stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = f"{root.resolve().name}-{size}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}.npy"
+    try:
+        if not (data_dir / name).exists():
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=data_dir) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+                with open(Path(folder, name), "wb") as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for i, picture in enumerate(pool.map(lambda path: decode_picture(path, size), files), 1):
+                        file.write(picture.tobytes())
+                        if i % 1000 == 0 or i == len(files):
+                            print(f"\rdecoding {root}: {i} of {len(files)} pictures", end="", flush=True)
+                print()
+                Path(folder, name).replace(data_dir / name)
+    except OSError as error:
+        raise UserError(f"--data-dir {data_dir}: cannot be written ({error.strerror})") from None
+    return torch.from_numpy(np.load(data_dir / name, mmap_mode="c")).permute(0, 3, 1, 2)
+
+
+def decode_picture(file, size):
+    """The largest square in the middle, at size x size: uint8 (size, size, 3). Raises UserError naming a bad file."""
+    try:
+        with Image.open(file) as picture:
+            picture.draft("RGB", (2 * size, 2 * size))  # a JPEG need not be decoded any larger
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file}: not a readable picture ({error}); mend it or take it out") from None
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The built-in shapes, and data sets from files: what they hold, and what is said about broken ones."""
 
+import shutil
 import urllib.error
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
 
 import common
 
@@ -160,7 +163,10 @@ def test_npz_as_medmnist_writes_it(tmp_path):
         ({"test_images": np.zeros((6, 8, 9, 3), np.uint8)}, "test_images is uint8"),
         ({"test_images": np.zeros((6, 9, 9, 3), np.uint8)}, "differ in size"),
         ({"train_images": np.zeros((0, 8, 8, 3), np.uint8), "train_labels": np.zeros(0, int)}, "train_images is uint8"),
-        ({"train_labels": np.zeros(5, int)}, "not 6 class numbers"),
+        ({"train_labels": np.zeros(7, int)}, "not 6 class numbers"),
+        ({"train_labels": np.zeros(0, int)}, "not 6 class numbers"),
+        ({"train_labels": np.array(3)}, "not 6 class numbers"),
+        ({"test_labels": np.zeros(5, int)}, "not 6 class numbers"),
         ({"train_labels": np.zeros(6)}, "train_labels is float64"),
         ({"test_labels": np.full(6, -1)}, "not 6 class numbers from 0 on"),
         ({"test_labels": np.array([object()] * 6)}, "not a readable .npz file"),
@@ -189,23 +195,52 @@ def test_npz_that_is_missing_cut_short_or_something_else(tmp_path):
 
 
 def test_unknown_name():
-    with pytest.raises(common.UserError, match="--dataset cifar: unknown"):
+    with pytest.raises(common.UserError, match="--dataset cifar: is not shapes, cifar10"):
         common.load_dataset("cifar")
 
 
-def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_downloaded_once(tmp_path, monkeypatch, name):
     calls = []
 
     class Fake:
+        classes = ["cat", "dog", "owl"]
+
         def __init__(self, root, train, download):
             calls.append(train)
             self.data, self.targets = arrays(6 if train else 3)["train_images"], [0, 1, 2, 0, 1, 2][: 6 if train else 3]
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
-    first = common.load_dataset("cifar10", tmp_path / "new")
-    second = common.load_dataset("cifar10", tmp_path / "new")
-    assert calls == [True, False] and [p.name for p in (tmp_path / "new").iterdir()] == ["cifar10.npz"]
+    monkeypatch.setattr(torchvision.datasets, name.upper(), Fake)
+    first = common.load_dataset(name, tmp_path / "new")
+    second = common.load_dataset(name, tmp_path / "new")
+    assert calls == [True, False] and [p.name for p in (tmp_path / "new").iterdir()] == [f"{name}.npz"]
     assert torch.equal(first.train_images, second.train_images) and len(first.test_labels) == 3
+    assert second.classes == ["cat", "dog", "owl"]
+
+
+def test_stl10_has_more_pictures_than_labels(tmp_path, monkeypatch):
+    class Fake:
+        classes = ["cat", "dog", "owl"]
+
+        def __init__(self, root, split, download):
+            count = {"train+unlabeled": 9, "test": 3}[split]
+            self.data = arrays(count)["train_images"].transpose(0, 3, 1, 2)
+            self.labels = np.array([0, 1, 2, -1, -1, -1, -1, -1, -1][:count])
+
+    monkeypatch.setattr(torchvision.datasets, "STL10", Fake)
+    data = common.load_dataset("stl10", tmp_path)
+    assert np.array_equal(data.train_images.permute(0, 2, 3, 1), arrays(9)["train_images"])
+    assert data.train_labels.tolist() == data.test_labels.tolist() == [0, 1, 2]
+    assert data.train_images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_larger_pictures_shrink(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays())
+    data, small = (common.load_dataset(str(tmp_path / "mine.npz"), image_size=size) for size in (8, 4))
+    assert small.train_images.shape == (6, 3, 4, 4) and small.train_images.dtype == torch.uint8
+    assert small.train_images.is_contiguous(memory_format=torch.channels_last)
+    expected = TF.resize(data.train_images, [4, 4], antialias=True)
+    assert (small.train_images.int() - expected.int()).abs().max() <= 1
 
 
 def test_cifar10_without_network(tmp_path, monkeypatch):
@@ -216,3 +251,130 @@ def test_cifar10_without_network(tmp_path, monkeypatch):
     with pytest.raises(common.UserError, match="--dataset cifar10: .* cannot be downloaded"):
         common.load_dataset("cifar10", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------
+# Folders of pictures
+# ------------------------------------------------------------------------------------------------------
+
+
+def save_picture(path, color, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train: 3 red cats, 2 blue dogs; val: a cat and a dog."""
+    for name in ("train/cat/a.png", "train/cat/deeper/b.jpg", "train/cat/c.PNG", "val/cat/x.png"):
+        save_picture(tmp_path / "pets" / name, (250, 0, 0))
+    for name in ("train/dog/a.png", "train/dog/b.bmp", "val/dog/x.png"):
+        save_picture(tmp_path / "pets" / name, (0, 0, 250))
+    (tmp_path / "pets/train/cat/notes.txt").write_text("no picture")
+    return tmp_path / "pets"
+
+
+def test_class_folders(folder, tmp_path):
+    data = common.load_dataset(str(folder), tmp_path / "cache", image_size=16)
+    assert data.classes == ["cat", "dog"] and data.train_images.shape == (5, 3, 16, 16)
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1] and data.test_labels.tolist() == [0, 1]
+    assert data.train_images.is_contiguous(memory_format=torch.channels_last)
+    assert (data.train_images[data.train_labels == 0][:, 0] > 240).all()
+    assert (data.test_images[1, 2] > 240).all()
+
+
+def test_plain_pictures_have_no_classes(folder, tmp_path):
+    data = common.load_dataset(str(folder / "train" / "cat"), tmp_path / "cache")
+    assert data.train_images.shape == (3, 3, 96, 96) and data.classes == []
+    assert len(data.train_labels) == len(data.test_images) == len(data.test_labels) == 0
+
+
+def test_the_middle_square_upright(tmp_path):
+    picture = Image.new("RGB", (60, 20), (0, 0, 0))
+    picture.paste((255, 255, 255), (20, 0, 40, 10))  # white above black in the middle
+    exif = picture.getexif()
+    exif[0x0112] = 3  # shot upside down
+    picture.rotate(180).save(tmp_path / "a.png", exif=exif)
+    expected = np.repeat(np.array([255, 0], np.uint8), 10)[:, None, None].repeat(20, 1).repeat(3, 2)
+    assert np.array_equal(common.decode_picture(tmp_path / "a.png", 20), expected)
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_has_changed(folder, tmp_path, monkeypatch, capsys):
+    decoded, decode_picture = [], common.decode_picture
+    monkeypatch.setattr(common, "decode_picture", lambda file, size: decoded.append(file) or decode_picture(file, size))
+    first = common.load_dataset(str(folder), tmp_path / "cache", 16)
+    assert "5 of 5 pictures" in capsys.readouterr().out
+    again = common.load_dataset(str(folder), tmp_path / "cache", 16)
+    assert len(decoded) == 7 and torch.equal(first.train_images, again.train_images)
+    assert capsys.readouterr().out == ""
+    save_picture(folder / "train/dog/c.png", (0, 0, 250))
+    changed = common.load_dataset(str(folder), tmp_path / "cache", 16)
+    assert len(decoded) == 13 and len(changed.train_images) == 6  # the test pictures are as they were
+
+
+def test_an_interrupted_cache_is_rebuilt(folder, tmp_path, monkeypatch):
+    decode_picture, calls = common.decode_picture, []
+
+    def interrupted(file, size):
+        calls.append(file)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decode_picture(file, size)
+
+    monkeypatch.setattr(common, "decode_picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        common.load_dataset(str(folder), tmp_path / "cache", 16)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(common, "decode_picture", decode_picture)
+    assert (common.load_dataset(str(folder), tmp_path / "cache", 16).train_images[:, ::2].amax(1) > 240).all()
+
+
+def test_a_bad_picture_is_named(folder, tmp_path):
+    jpeg = (folder / "train/cat/deeper/b.jpg").read_bytes()
+    for content in (jpeg[: len(jpeg) // 2], b"", b"text"):
+        (folder / "train/cat/deeper/b.jpg").write_bytes(content)
+        with pytest.raises(common.UserError, match=r"deeper.b\.jpg: not a readable picture") as caught:
+            common.load_dataset(str(folder), tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_bad_folders(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.UserError, match="empty: there are no pictures in it"):
+        common.load_dataset(str(tmp_path / "empty"), tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.UserError, match="--data-dir .*file: cannot be written"):
+        common.load_dataset(str(folder), tmp_path / "file")
+    save_picture(folder / "val/cow/x.png", (0, 250, 0))
+    with pytest.raises(common.UserError, match="cow: there is no class of that name in"):
+        common.load_dataset(str(folder), tmp_path / "cache")
+    shutil.rmtree(folder / "val")
+    with pytest.raises(common.UserError, match="pets: has train/<class> folders, but no test/<class> or val/<class>"):
+        common.load_dataset(str(folder), tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_batches_follow_the_order_and_leave_out_the_rest(monkeypatch):
+    images, order = torch.arange(50).view(50, 1, 1, 1), torch.randperm(50)[:23]
+    resident = torch.cat([*common.batches(images, order, 5, torch.device("cpu"))])
+    assert torch.equal(resident.flatten(), order[:20])
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copies.append(x) or x)
+    streamed = [*common.batches(images, order, 5, torch.device("meta"))]
+    assert len(streamed) == 4 and all(x.device.type == "meta" and len(x) == 5 for x in streamed)
+    assert torch.equal(torch.cat(copies), resident)
+
+
+def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch):
+    data = common.Dataset(torch.zeros(9, 3, 8, 8), torch.zeros(9), torch.zeros(1, 3, 8, 8), torch.zeros(1), ["0"])
+    for free, where in ((10**6, "cuda"), (10**4, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        moved = {}
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, device, moved=moved: moved.setdefault(x.data_ptr(), x))
+        data.to(torch.device("cuda"))
+        assert (data.train_images.data_ptr() in moved) == (where == "cuda") and data.train_labels.data_ptr() in moved

@@ -261,7 +261,7 @@ def test_recipes_and_what_overrides_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "cifar"], "--dataset cifar: unknown"),
+        (["--dataset", "cifar"], "--dataset cifar: is not shapes"),
         (["--dataset", "none.npz"], "none.npz: no such file"),
         (["--batch-size", "4097"], "--batch-size 4097: shapes has only 4096 training pictures"),
         (["--batch-size", "1"], "--batch-size 1: must be at least 2"),

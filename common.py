@@ -407,14 +407,14 @@ def resize_weights(start, length, size_in, size_out):
     """Matrices (N, size_out, size_in) that cut pixels [start, start + length) (N,) out of a line and resize them.
 
     A row is a triangle around the centre of its output pixel, as wide as that pixel where the line shrinks
-    (antialiasing) and as an input pixel where it grows (bilinear).
+    (antialiasing) and as an input pixel where it grows (bilinear). A negative length runs back from start: a mirror.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size_out
     center = (torch.arange(size_out, device=start.device) + 0.5)[:, None] * scale  # (N, size_out, 1), from start
     pixel = torch.arange(size_in, device=start.device) + 0.5 - start  # (N, 1, size_in), from start
-    weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel > 0) & (pixel < length))  # nothing from outside the crop
+    weights = (1 - (pixel - center).abs() / scale.abs().clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel - length / 2).abs() < length.abs() / 2)  # nothing from outside the crop
     return weights / weights.sum(2, keepdim=True)
 
 
@@ -424,10 +424,9 @@ def resized_crop(images, boxes, size, flip):
     -> (N, C, size, size), equal to torchvision's resized_crop with antialias=True, then horizontal_flip.
     """
     top, left, height, width = boxes.unbind(1)
+    left, width = torch.where(flip, left + width, left), torch.where(flip, -width, width)
     rows = resize_weights(top, height, images.shape[2], size)
-    columns = resize_weights(left, width, images.shape[3], size)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)  # the mirror costs nothing
-    return separable(images, rows, columns)
+    return separable(images, rows, resize_weights(left, width, images.shape[3], size))
 
 
 def random_boxes(count, H, W, scale, ratio, generator):
@@ -511,41 +510,48 @@ def random_solarize(images, generator, threshold=0.5, p=0.2):
 
 
 def adjust_hue(images, shift):
-    """Turns hues by shift (N,), in whole circles from -0.5 to 0.5; HSV's value and saturation stay."""
+    """Turns hues by shift (N,), in whole circles from -0.5 to 0.5; HSV's value and saturation stay.
+
+    On HSV's circle red lies at 0, green at 1/3 and blue at 2/3. A channel is full within 1/6 of its own hue, falls
+    over the next 1/6 and is empty beyond. Distance from red is therefore 1 - r + g + b in sixths, of channels
+    stretched to [0, 1], and g - b tells the side. In place where it can be: memory is what this costs.
+    """
     r, g, b = images.split(1, dim=1)
-    value = images.amax(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
-    safe = torch.where(chroma == 0, 1, chroma)  # grey has no hue
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * per_image(shift)  # (N, 1, H, W), in sixths of the circle
-    distance = [(hue + n) % 6 for n in (5, 3, 1)]  # of red, green and blue from where each begins to fall
-    return value - chroma * torch.cat([torch.minimum(k, 4 - k).clamp(0, 1) for k in distance], dim=1)
+    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = high - low
+    hue = (g + b).sub_(r).sub_(low).div_((6 * chroma).clamp_(min=1e-9)).add_(1 / 6)  # grey has any hue
+    hue = hue.copysign_(g - b).add_(per_image(shift))  # (N, 1, H, W)
+    distance = hue - torch.arange(3, device=images.device).view(3, 1, 1) / 3  # (N, 3, H, W), of r, g and b
+    distance = distance.sub_(distance.round()).abs_().clamp_(1 / 6, 1 / 3)
+    return torch.addcmul(high + chroma, chroma, distance, value=-6)
 
 
 def color_jitter(images, factors, order):
     """Brightness, contrast, saturation and hue, in an order of its own for each image, as ColorJitter's.
 
-    factors (N, 4): three factors around 1, and the shift of the hue around 0. order (N, 3): a permutation of 0
-    brightness, 1 contrast, 2 saturation. The hue, which costs most, is turned once: before the first of these in
-    the first quarter of the batch (as tensor_split cuts it), before the second in the second, ..., last in the last.
+    factors (N, 4): three factors around 1, and the shift of the hue around 0. order (N, 4): in each row a
+    permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
+
+    The first three mix a colour c with black, the mean grey of the image, or its own grey: M c + b, cut to [0, 1].
+    All images walk through three such steps before the hue is turned and three after it; with factor 1 those that
+    are on the other side of an image's own turn leave it as it is. So the hue, which costs most, is turned once.
     """
+    place = torch.arange(4, device=images.device)
+    turn = (order == 3).int().argmax(1, keepdim=True)  # (N, 1)
+    active = torch.cat([place[:3] < turn, place[1:] > turn], dim=1)  # (N, 6)
+    which = torch.cat([order[:, :3], order[:, 1:]], dim=1)
+    factor = torch.where(active, factors.gather(1, which), 1.0)[..., None, None]  # (N, 6, 1, 1)
+    which, eye = which[..., None, None], torch.eye(3, device=images.device)
+    gray = (1 - factor) * luma(eye[..., None, None]).flatten()  # (N, 6, 1, 3)
+    of_image, of_pixel = gray * (which == 1), factor * eye + gray * (which == 2)  # (N, 6, 1, 3), (N, 6, 3, 3)
 
-    def blend(x, which, factor):  # (n, 3, H, W), (n,), (n,)
-        gray = luma(x)
-        mean = gray.mean((2, 3), keepdim=True)
-        target = gray * per_image(which == 2) + mean * per_image(which == 1)  # black for brightness
-        return torch.lerp(target, x, per_image(factor)).clamp(0, 1)
-
-    quarters = []
-    for place, (x, f, o) in enumerate(zip(*(t.tensor_split(4) for t in (images, factors, order)), strict=True)):
-        for step in range(4):
-            if step == place:
-                x = adjust_hue(x, f[:, 3])
-            if step < 3:
-                which = o[:, step]
-                x = blend(x, which, f.gather(1, which[:, None])[:, 0])
-        quarters.append(x)
-    return torch.cat(quarters)
+    x = images.flatten(2)  # (N, 3, H W)
+    for step in range(6):
+        if step == 3:
+            x = adjust_hue(x.view(images.shape), factors[:, 3]).flatten(2)
+        b = of_image[:, step] @ x.mean(2, keepdim=True)  # (N, 1, 1)
+        x = torch.baddbmm(b, of_pixel[:, step], x).clamp_(0, 1)
+    return x.view(images.shape)
 
 
 def random_color_jitter(images, generator, brightness, contrast, saturation, hue, p=0.8):
@@ -556,9 +562,8 @@ def random_color_jitter(images, generator, brightness, contrast, saturation, hue
         for spread in (brightness, contrast, saturation)
     ]
     factors.append(torch.where(draw, uniform(-hue, hue, (N,), generator), 0.0))
-    order = uniform(0, 1, (N, 3), generator).argsort(1)
-    shuffle = torch.randperm(N, generator=generator, device=images.device)  # so that any image may be in any quarter
-    return color_jitter(images[shuffle], torch.stack(factors, dim=1), order)[shuffle.argsort()]
+    order = uniform(0, 1, (N, 4), generator).argsort(1)
+    return color_jitter(images, torch.stack(factors, dim=1), order)
 
 
 # --- Normalisation --------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def two_views(images, args, generator):
 
     Crop, flip, colour jitter, grey and blur, in the order of the paper's appendix A.
     """
-    x, s = images.repeat(2, 1, 1, 1).float() / 255, args.jitter
+    x, s = images.repeat(2, 1, 1, 1) / 255, args.jitter
     x = common.random_resized_crop(x, x.shape[3], generator, scale=(args.crop, 1.0))
     x = common.random_color_jitter(x, generator, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     x = common.random_grayscale(x, generator, args.gray)

@@ -26,9 +26,7 @@ class UserError(Exception):
     """An input that the person can mend: the message names the flag or the file and what to do."""
 
 
-# ======================================================================================================
-# Data sets
-# ======================================================================================================
+# === Data sets ======================================================================================================
 
 
 @dataclass
@@ -74,6 +72,22 @@ def batches(images, order, size, device):
             if len(ahead) == 4:
                 yield ahead.popleft().result()
         yield from (batch.result() for batch in ahead)
+
+
+def labelled_rows(labels, amount, seed):
+    """A class-balanced part of labels (L,), drawn with seed -> row numbers in random order.
+
+    amount: a share of each class up to 1, at least one of it, or above 1 a number of each class. Raises UserError where
+    there are too few.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    place = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order, None])[:, 0]  # 1 for the first of its class
+    counts = labels.bincount()
+    fewest = int(counts[counts > 0].min())
+    if amount > max(1, fewest):
+        raise UserError(f"--labels {amount:g}: the smallest class has only {fewest} training pictures")
+    wanted = (counts * amount).round().clamp(min=1) if amount <= 1 else torch.full_like(counts, round(amount))
+    return order[place <= wanted[labels[order]]]
 
 
 def load_dataset(name, data_dir="data", image_size=96):
@@ -166,9 +180,7 @@ def download(name, path):
         raise UserError(f"--dataset {name}: {path} is not there and cannot be downloaded ({error})") from None
 
 
-# ------------------------------------------------------------------------------------------------------
-# Folders of pictures
-# ------------------------------------------------------------------------------------------------------
+# --- Folders of pictures --------------------------------------------------------------------------------------------
 
 
 def folder_dataset(root, data_dir, image_size):
@@ -238,9 +250,7 @@ def decode_picture(file, size):
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
-# ------------------------------------------------------------------------------------------------------
-# Shapes: small pictures drawn by code
-# ------------------------------------------------------------------------------------------------------
+# --- Shapes: small pictures drawn by code ---------------------------------------------------------------------------
 # A silhouette is a function of points x, y, with y upwards, that is true inside; it fits the unit disc. None equals
 # itself after a turn by 90 or 180 degrees, mirrored or not, so that rotation can be told from one picture.
 
@@ -370,9 +380,7 @@ def describe_shapes(scenes, generator):
     ]
 
 
-# ======================================================================================================
-# Augmentations: float images (N, C, H, W) in [0, 1], one parameter per image
-# ======================================================================================================
+# === Augmentations: float images (N, C, H, W) in [0, 1], one parameter per image ====================================
 # Each comes as two functions: the operator, which takes a parameter per image and equals torchvision's functional
 # one, and `random_...`, which draws the parameters as torchvision's transform does. Nothing here waits for the device.
 
@@ -392,7 +400,7 @@ def per_image(values):
     return values[:, None, None, None]
 
 
-# --- Geometry and blur: linear maps of rows and columns, as batched matrix products ---------------------
+# --- Geometry and blur: linear maps of rows and columns, as batched matrix products ---------------------------------
 
 
 def separable(images, rows, columns):
@@ -482,7 +490,7 @@ def random_gaussian_blur(images, generator, sigma=(0.1, 2.0), p=0.5):
     return gaussian_blur(images, strength, max(3, H // 20 * 2 + 1))
 
 
-# --- Colour ---------------------------------------------------------------------------------------------
+# --- Colour ---------------------------------------------------------------------------------------------------------
 
 
 def luma(images):
@@ -566,7 +574,7 @@ def random_color_jitter(images, generator, brightness, contrast, saturation, hue
     return color_jitter(images, torch.stack(factors, dim=1), order)
 
 
-# --- Normalisation --------------------------------------------------------------------------------------
+# --- Normalisation --------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
@@ -575,3 +583,9 @@ def normalize(images):
     """(N, 3, H, W) in [0, 1] -> mean 0 and deviation 1 of each channel over the pictures of ImageNet."""
     channels = zip(images.unbind(1), MEAN, STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def compile_operators():
+    """Compiles the operators that work on whole images: some kernels in place of dozens. For a GPU."""
+    for operator in (resized_crop, gaussian_blur, grayscale, solarize, color_jitter):
+        globals()[operator.__name__] = torch.compile(operator)

@@ -378,3 +378,20 @@ def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "to", lambda x, device, moved=moved: moved.setdefault(x.data_ptr(), x))
         data.to(torch.device("cuda"))
         assert (data.train_images.data_ptr() in moved) == (where == "cuda") and data.train_labels.data_ptr() in moved
+
+
+# ------------------------------------------------------------------------------------------------------
+# Few labels
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_labelled_rows_are_balanced_and_drawn():
+    labels = torch.tensor([0] * 100 + [1] * 60 + [3] * 40)[torch.randperm(200)]
+    for amount, counts in ((0.1, [10, 6, 0, 4]), (1.0, [100, 60, 0, 40]), (0.001, [1, 1, 0, 1]), (7, [7, 7, 0, 7])):
+        rows = common.labelled_rows(labels, amount, seed=0)
+        assert labels[rows].bincount().tolist() == counts and len(rows.unique()) == len(rows)
+    first, again, other = (common.labelled_rows(labels, 20, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and set(first.tolist()) != set(other.tolist())
+    assert labels[first].tolist() != sorted(labels[first].tolist())  # in random order
+    with pytest.raises(common.UserError, match="--labels 41: the smallest class has only 40"):
+        common.labelled_rows(labels, 41, seed=0)

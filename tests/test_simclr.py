@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 import common
 import simclr
@@ -93,7 +94,7 @@ def test_nt_xent_has_the_gradient_of_the_formula():
 
 def test_two_views_keep_the_order_of_the_pictures():
     flat = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(25, 3, 8, 8)
-    args = simclr.parse_args(["--jitter", "0", "--gray", "0", "--blur", "1"])
+    args = simclr.parse_args(["--jitter-strength", "0", "--gray", "0", "--blur", "1"])
     views = simclr.two_views(flat, args, torch.Generator().manual_seed(0))
     torch.testing.assert_close(views, torch.cat([flat, flat]) / 255)
 
@@ -108,16 +109,26 @@ def test_two_views_differ_and_a_seed_fixes_them():
     assert 0.3 < colourless.float().mean() < 0.7  # half of them
 
 
-@pytest.mark.parametrize("name", ["small", "resnet18", "resnet50"])
-def test_encoders_are_torchvisions(name):
-    encoder, D = simclr.build_encoder(name)
-    assert encoder.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, D)
+@pytest.mark.parametrize(("name", "size"), [("small", 32), ("resnet18", 32), ("resnet18", 96), ("resnet50", 32)])
+def test_encoders_are_torchvisions(name, size):
+    encoder, D = simclr.build_encoder(name, size)
+    assert encoder.eval()(torch.zeros(2, 3, size, size)).shape == (2, D)
     reference = getattr(torchvision.models, "resnet18" if name == "small" else name)().state_dict()
+    own_stem = name == "small" or size > 64
     if name != "small":
-        del reference["conv1.weight"]
-        assert {"fc.weight", "fc.bias", "conv1.weight"} == set(reference) ^ set(encoder.state_dict())
+        assert {"fc.weight", "fc.bias"} == set(reference) ^ set(encoder.state_dict())
     for key, value in encoder.state_dict().items():
-        assert key == "conv1.weight" or value.shape == reference[key].shape
+        assert (value.shape == reference[key].shape) == (own_stem or key != "conv1.weight")
+
+
+@pytest.mark.parametrize(("projection", "layers"), [("none", 0), ("linear", 1), ("mlp", 4)])
+def test_projection_heads(projection, layers):
+    args = simclr.parse_args(["--projection", projection, "--projection-dim", "16"])
+    model = simclr.SimCLR(args)
+    assert len(list(model.projector.modules())) == layers + (layers != 1)
+    x = torch.rand(4, 3, 32, 32)
+    z, h = model.eval()(x), model.encoder(x)
+    assert z.shape == (4, 16 if layers else 128) and torch.equal(z, h) == (layers == 0)
 
 
 def test_learning_rate_rises_and_falls():
@@ -129,7 +140,7 @@ def test_learning_rate_rises_and_falls():
 
 def test_only_matrices_and_kernels_are_decayed():
     model = simclr.SimCLR(simclr.parse_args([]))
-    groups = simclr.adamw(model, simclr.parse_args(["--weight-decay", "0.3"])).param_groups
+    groups = simclr.adamw(model, simclr.parse_args(["--weight-decay", "0.3"]), 10)[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     decayed, others = (group["params"] for group in groups)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -191,13 +202,16 @@ def test_linear_probe():
 
 def test_files_of_a_run(few_shapes, tmp_path):
     summary = small_run(few_shapes, tmp_path / "run", "--eval-every", "2")
-    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", "views.png"}
+    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
+    names |= {"views.png", "neighbours.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     assert json.loads((tmp_path / "run/args.json").read_text())["batch_size"] == 32
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     expected = "method command date dataset seed device threads torch epochs parameters images_per_second"
+    expected += " peak_memory_gb resumed_at_epoch untrained trained history"
     assert set(expected.split()) <= set(summary) and summary["total_seconds"] > summary["pretrain_seconds"] > 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert summary["history"] == lines and set(summary["untrained"]) == set(summary["trained"])
     assert [line["epoch"] for line in lines] == [1, 2] and ["knn" in line for line in lines] == [False, True]
     assert all(line["bound"] == pytest.approx(math.log(63) - line["loss"]) for line in lines)
 
@@ -252,7 +266,7 @@ def test_recipes_and_what_overrides_them():
     assert simclr.parse_args([]).batch_size == 64
     assert simclr.parse_args(["--dataset", "cifar10"]).encoder == "resnet18"
     small = simclr.parse_args(["--dataset", "mine.npz", "--encoder", "small", "--epochs", "3"])
-    assert (small.encoder, small.epochs, small.batch_size) == ("small", 3, 128)
+    assert (small.encoder, small.epochs, small.batch_size) == ("small", 3, 64)
     assert small.out == "runs/simclr-mine-seed0"
     for recipe in simclr.RECIPES:
         simclr.parse_args(["--dataset", *recipe.split()])  # every value in its range
@@ -274,6 +288,10 @@ def test_recipes_and_what_overrides_them():
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--device", "abacus"], "--device abacus: not available"),
         (["--dataset"], "--dataset: expected one argument"),
+        (["--labels", "500"], "--labels 500: the smallest class has only 409 training pictures"),
+        (["--labels", "0.1", "-2"], "--labels -2.0: must be at least 0"),
+        (["--projection", "cubic"], "--projection: invalid choice: 'cubic'"),
+        (["--image-size", "4"], "--image-size 4: must be from 8 to 512"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
@@ -299,9 +317,240 @@ def test_folders_that_cannot_be_written(few_shapes, tmp_path, monkeypatch, capsy
 def test_a_run_is_not_overwritten_and_a_loss_that_is_not_finite_stops_it(few_shapes, tmp_path, monkeypatch, capsys):
     with pytest.raises(common.UserError, match="the loss is not finite at step [2-9], in epoch 1"):
         small_run(few_shapes, tmp_path / "run", "--lr", "1e30")
-    assert not (tmp_path / "run/checkpoint.pt").exists()
-    small_run(few_shapes, tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    flags = "--dataset", few_shapes, "--batch-size", 32, "--out", tmp_path / "run"
+    kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 0 and all(value.isfinite().all() for value in kept["model"].values())
+    small_run(few_shapes, tmp_path / "other")
+    before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    flags = "--dataset", few_shapes, "--batch-size", 32, "--out", tmp_path / "other"
     assert "holds a run already" in error_of(monkeypatch, capsys, *flags)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------------
+# Few labels, no labels, no head
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_few_labels(few_shapes, tmp_path, capsys):
+    summary = small_run(
+        few_shapes, tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--labels", "0.1", "--fine-tune"
+    )
+    (row,) = summary["semi_supervised"]
+    assert 19 <= row["labels"] <= 22 and set(row) == {"labels", "knn", "linear_probe", "fine_tuned", "from_scratch"}
+    assert "from_scratch" in capsys.readouterr().out
+
+
+def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    images = torch.randint(60, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images[torch.arange(60), labels] += 150  # red, green or blue
+    data = common.Dataset(images[:40], labels[:40], images[40:], labels[40:], ["r", "g", "b"])
+    args, rows = simclr.parse_args(["--batch-size", "6", "--crop", "0.5"]), torch.arange(10, 22)
+    encoder, D = simclr.build_encoder("small")
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    assert simclr.fine_tune(encoder, D, data, rows, args) > 0.9
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    data.train_labels[rows] = (data.train_labels[rows] + 1) % 3  # taught wrongly
+    data.train_images[:10], data.train_images[22:] = 0, 0
+    assert simclr.fine_tune(encoder, D, data, rows, args) < 0.1
+
+
+@pytest.mark.parametrize(("projection", "z"), [("none", set()), ("linear", {"knn_z", "linear_probe_z"})])
+def test_probes_with_and_without_a_head(few_shapes, tmp_path, projection, z):
+    summary = small_run(few_shapes, tmp_path / "run", "--epochs", "1", "--projection", projection)
+    assert set(summary["trained"]) == {"knn", "linear_probe"} | z
+
+
+def test_plain_pictures_are_pretrained_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "album").mkdir()
+    for i, image in enumerate(common.load_dataset("shapes").train_images[:70]):
+        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i}.png")
+    cache = "--data-dir", str(tmp_path / "cache")
+    summary = small_run(tmp_path / "album", tmp_path / "run", "--epochs", "1", *cache)
+    assert summary["trained"] == summary["untrained"] == {} and "the probes are skipped" in capsys.readouterr().out
+    assert {"encoder.pt", "views.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    flags = "--dataset", tmp_path / "album", "--batch-size", 32, *cache, "--out", tmp_path / "other", "--fine-tune"
+    assert "has no classes" in error_of(monkeypatch, capsys, *flags)
+
+
+def test_stl10_pretrains_on_all_and_probes_with_what_has_labels(few_shapes, tmp_path):
+    arrays = dict(np.load(few_shapes))
+    np.savez(tmp_path / "part.npz", **arrays | {"train_labels": arrays["train_labels"][:100]})
+    np.savez(tmp_path / "less.npz", **{k: v[:100] if k[:5] == "train" else v for k, v in arrays.items()})
+    part, less = (small_run(tmp_path / f"{name}.npz", tmp_path / name, "--epochs", "1") for name in ("part", "less"))
+    assert part["untrained"] == less["untrained"] and part["history"][0]["loss"] != less["history"][0]["loss"]
+    for summary, steps in ((part, 6), (less, 3)):
+        line = summary["history"][0]
+        assert round(line["images_per_second"] * line["seconds"] / 32) == steps
+
+
+# ------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_rows_of_pairs(few_shapes, tmp_path):
+    images, args = common.load_dataset(str(few_shapes)).train_images, simclr.parse_args([])
+    sheets = []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simclr, "save_sheet", lambda _, blocks: sheets.append(blocks))
+        simclr.save_views(tmp_path / "views.png", images, args)
+    (_, picture), *pairs = sheets[0]
+    assert torch.equal(picture[:, 0], images[:8] / 255) and len(pairs) == 4
+    for _, pair in pairs:
+        assert pair.shape == (8, 2, 3, 32, 32)
+        assert not torch.equal(pair[:, 0], pair[:, 1]) and not torch.equal(pair, pairs[0][1][:, [1, 0]])
+    simclr.save_views(tmp_path / "views.png", images, args)
+    with Image.open(tmp_path / "views.png") as sheet:
+        width, height = sheet.size
+    assert width > 9 * 64 and height > 8 * 64
+
+
+def test_neighbours_are_the_nearest_and_framed_by_class(tmp_path, monkeypatch):
+    values = torch.arange(40, dtype=torch.uint8)
+    images = values.view(40, 1, 1, 1).expand(40, 3, 4, 4) * 6
+    labels = torch.arange(40) // 20
+    data = common.Dataset(images, labels, images[[5, 30]], torch.tensor([0, 1]), ["a", "b"])
+    angle = torch.linspace(0, 3, 40)
+    h = torch.stack([angle.cos(), angle.sin()], dim=1)
+    shuffled = h[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    sheets = []
+    monkeypatch.setattr(simclr, "save_sheet", lambda _, blocks: sheets.append(blocks))
+    simclr.save_neighbours(tmp_path / "n.png", data, (shuffled, h[[5, 30]]), (h, h[[5, 30]]), count=3)
+    (_, query), (_, before), (_, after) = sheets[0]
+    centre = (after[:, :, 0, 4, 4] * 255 / 6).round().long()  # which picture it is
+    assert [set(row) for row in centre.tolist()] == [{4, 5, 6}, {29, 30, 31}]
+    assert (query[:, 0, 0, 4, 4] * 255 / 6).round().tolist() == [5, 30]
+    numbers = (before[:, :, 0, 4, 4] * 255 / 6).round().long()
+    same = labels[numbers] == torch.tensor([[0], [1]])
+    assert not same.all() and torch.equal(before[:, :, 1, 0, 0] > before[:, :, 0, 0, 0], same)  # green or red
+
+
+# ------------------------------------------------------------------------------------------------------
+# Resume
+# ------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+def kill_in_an_epoch(monkeypatch):
+    calls, loss = [], simclr.nt_xent
+
+    def nt_xent(*args):
+        calls.append(1)
+        if len(calls) == 9:  # of 6 steps an epoch
+            raise Killed
+        return loss(*args)
+
+    monkeypatch.setattr(simclr, "nt_xent", nt_xent)
+
+
+def kill_while_saving(monkeypatch):
+    calls, save = [], torch.save
+
+    def torn(content, path):
+        calls.append(1)
+        save(content, path)
+        if len(calls) == 2:  # the end of the first epoch
+            path.write_bytes(path.read_bytes()[:1000])
+            raise Killed
+
+    monkeypatch.setattr(torch, "save", torn)
+
+
+def kill_between_log_and_checkpoint(monkeypatch):
+    save = simclr.Run.save
+
+    def killed(run, epoch, parts):
+        if epoch == 3:
+            raise Killed
+        save(run, epoch, parts)
+
+    monkeypatch.setattr(simclr.Run, "save", killed)
+
+
+def lines_without_times(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def assert_same(a, b):
+    """Equal trees of dicts and lists, tensors in them bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict | list | tuple):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(few_shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    small_run(few_shapes, folder, "--epochs", "3")
+    return folder
+
+
+@pytest.mark.parametrize("kill", [kill_in_an_epoch, kill_while_saving, kill_between_log_and_checkpoint])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(few_shapes, unbroken, tmp_path, kill):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill(patch)
+        small_run(few_shapes, tmp_path / "run", "--epochs", "3")
+    assert not (tmp_path / "run/summary.json").exists()
+    summary = small_run(few_shapes, tmp_path / "run", "--epochs", "3", "--resume")
+    assert summary["resumed_at_epoch"] == {kill_in_an_epoch: 1, kill_while_saving: 0}.get(kill, 2)
+    assert lines_without_times(tmp_path / "run") == lines_without_times(unbroken)
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "run", unbroken)]
+    for name in ("model", "optimizer", "schedule"):
+        assert_same(*(state[name] for state in states))
+
+
+def test_a_finished_run_is_only_evaluated(few_shapes, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    more = "--epochs", "3", "--resume", "--labels", "0.2", "4", "--data-dir", "elsewhere", "--eval-every", "1"
+    summary = small_run(few_shapes, tmp_path / "run", *more)
+    assert summary["resumed_at_epoch"] == 3 and [row["labels"] for row in summary["semi_supervised"]] == [40, 40]
+    before = json.loads((unbroken / "summary.json").read_text())
+    assert summary["trained"] == before["trained"] and summary["pretrain_seconds"] == before["pretrain_seconds"]
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == (unbroken / "checkpoint.pt").read_bytes()
+
+
+def test_resume_without_a_checkpoint_starts(few_shapes, tmp_path):
+    assert small_run(few_shapes, tmp_path / "run", "--resume")["resumed_at_epoch"] == 0
+
+
+def test_checkpoints_that_do_not_fit(few_shapes, unbroken, tmp_path, monkeypatch, capsys):
+    shutil.copytree(unbroken, tmp_path / "run")
+    path = tmp_path / "run/checkpoint.pt"
+    whole = path.read_bytes()
+    given = "--dataset", few_shapes, "--encoder", "small", "--epochs", "3", "--batch-size", "32", "--resume"
+    flags = *given, "--out", tmp_path / "run"
+    assert "was made with --temperature 0.1, not 0.2" in error_of(monkeypatch, capsys, *flags, "--temperature", "0.2")
+    assert "was made with --seed 0, not 1" in error_of(monkeypatch, capsys, *flags, "--seed", "1")
+    torch.save(torch.load(path, weights_only=True) | {"method": "moco"}, path)
+    assert "checkpoint.pt: is of moco, not of simclr" in error_of(monkeypatch, capsys, *flags)
+    torch.save({"model": torch.zeros(1)}, path)
+    assert "checkpoint.pt: not a checkpoint" in error_of(monkeypatch, capsys, *flags)
+    for content in (whole[:5000], b"", b"text"):
+        path.write_bytes(content)
+        assert "checkpoint.pt: not a checkpoint" in error_of(monkeypatch, capsys, *flags)
+
+
+def test_ctrl_c_leaves_a_checkpoint(few_shapes, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "batches", interrupted)
+    flags = "--dataset", few_shapes, "--encoder", "small", "--batch-size", 32, "--out", tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
+    assert caught.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--resume" in line
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["epoch"] == 0

@@ -1,0 +1,44 @@
+"""What several scripts define under one name is the same in all of them, word for word: copies cannot drift apart."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OWN = {"Args", "evaluate", "main", "pretrain"}  # what a script says in its own way
+
+
+def definitions(source):
+    """The functions and classes at the top of a file, and the text of each."""
+    nodes = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+
+
+def drifted(sources):
+    """sources {file: text} -> the names under which two of them say different things."""
+    texts = {}
+    for source in sources.values():
+        for name, text in definitions(source).items():
+            texts.setdefault(name, set()).add(text)
+    return sorted(name for name, versions in texts.items() if len(versions) > 1 and name not in OWN)
+
+
+def test_twins_are_the_same_word_for_word():
+    sources = {path.name: path.read_text() for path in ROOT.glob("*.py") if path.name != "common.py"}
+    assert "simclr.py" in sources and drifted(sources) == []
+
+
+def test_a_planted_difference_is_found():
+    source = (ROOT / "simclr.py").read_text()
+    assert drifted({"simclr.py": source, "copy.py": source}) == []
+    for name, old, new in (
+        ("knn_accuracy", "k=200", "k=20"),
+        ("Run", "weights_only=True)", "weights_only=False)"),
+        ("pick_device", "or the best there is", "or whatever there is"),  # a docstring counts
+    ):
+        assert old in definitions(source)[name]
+        assert drifted({"simclr.py": source, "copy.py": source.replace(old, new)}) == [name]
+    assert drifted({"simclr.py": source, "copy.py": source.replace("def main(args)", "def main(args, more)")}) == []
+
+
+def test_every_name_that_may_differ_is_there():
+    assert set(definitions((ROOT / "simclr.py").read_text())) >= OWN

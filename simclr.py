@@ -51,7 +51,7 @@ METHOD = "simclr"
 def flag(default, text, low=None, high=math.inf, choices=None, free=False):
     """A field of Args: default, help, range of a number (ends included), and whether --resume may come with another."""
     bounds = "" if low is None else f"at least {low}" if high == math.inf else f"from {low} to {high}"
-    metadata = {"text": text, "choices": choices, "low": low, "high": high, "bounds": bounds, "free": free}
+    metadata = dict(text=text, low=low, high=high, choices=choices, free=free, bounds=bounds)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -73,7 +73,7 @@ class Args:
     jitter_strength: float = flag(0.5, "of colour jitter; paper: 1 on ImageNet, 0.5 on CIFAR-10", 0, 2.5)
     gray: float = flag(0.2, "share of the views without colour; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "share of the views that are blurred; paper: 0.5 on ImageNet, none on CIFAR-10", 0, 1)
-    labels: list = flag((), "also probe with few labels: a share up to 1, or a number per class; several", 0, free=True)
+    labels: list = flag((), "probe with few labels too: shares of each class up to 1, or numbers a class", 0, free=True)
     fine_tune: bool = flag(False, "with these labels, also fine-tune, and train from scratch", free=True)
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training pictures", 1, free=True)
     seed: int = flag(0, "fixes initial weights, batches, augmentations and the choice of labels", 0, 2**31)
@@ -114,12 +114,13 @@ def parse_args(argv=None):
 
     parser.error = error
     for field in dataclasses.fields(Args):
-        notes = f"%(default)s, {field.metadata['bounds']}" if field.metadata["bounds"] else "%(default)s"
-        kind = {"type": field.type, "choices": field.metadata["choices"]}
-        if field.type in (bool, list):
-            kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": float, "nargs": "+"}
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, default=field.default, help=f"{field.metadata['text']} ({notes})", **kind)
+        text, bounds = field.metadata["text"], field.metadata["bounds"]
+        if field.type is bool:
+            options = {"action": argparse.BooleanOptionalAction, "help": text}
+        else:
+            options = {"nargs": "+", "type": float} if field.type is list else {"type": field.type}
+            options |= {"choices": field.metadata["choices"], "help": f"{text} (%(default)s{bounds and ', '}{bounds})"}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     given, _ = parser.parse_known_args(argv)
     recipe = given.dataset if given.dataset in RECIPES else "path"
     if given.encoder == "small" and recipe != "shapes":
@@ -128,10 +129,9 @@ def parse_args(argv=None):
     parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
     args = Args(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(Args):
-        low, high, bounds = (field.metadata[key] for key in ("low", "high", "bounds"))
-        value = getattr(args, field.name)
-        for number in (value if field.type is list else [value]) if bounds else []:
-            if not (low <= number <= high and math.isfinite(number)):
+        value, bounds = getattr(args, field.name), field.metadata["bounds"]
+        for number in (value if field.type is list else [value]) if bounds else ():
+            if not (field.metadata["low"] <= number <= field.metadata["high"] and math.isfinite(number)):
                 raise UserError(f"--{field.name.replace('_', '-')} {number}: must be {bounds}")
     if args.out == "auto":
         args.out = f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
@@ -476,8 +476,8 @@ def evaluate(model, data):
 def fine_tune(encoder, D, data, rows, args):
     """Trains a copy of the encoder, and a linear classifier on it, with the labels of some rows -> accuracy on test.
 
-    Crops and flips are the only augmentation (SimCLR, appendix B.5). 30 passes, or 500 steps where these are more.
-    From an untrained encoder this is supervised learning from scratch.
+    Views and optimizer are those of pretraining (paper, appendix B.5: crops and flips alone, SGD); 30 passes, or 500
+    steps where these are more. From an untrained encoder this is supervised learning from scratch.
     """
     device, N = data.train_labels.device, min(args.batch_size, len(rows))
     passes = max(30, math.ceil(500 / (len(rows) // N)))
@@ -488,10 +488,10 @@ def fine_tune(encoder, D, data, rows, args):
     for _ in range(passes):
         order = rows[torch.randperm(len(rows), generator=generator, device=device)]
         for index, batch in zip(order.split(N), common.batches(data.train_images, order, N, device), strict=False):
-            x = common.random_resized_crop(batch / 255, batch.shape[3], generator, scale=(args.crop, 1.0))
+            x = network_input(two_views(batch, args, generator))  # (2N, 3, S, S)
             with autocast(device):
-                logits = model(network_input(x))  # (N, classes)
-            loss = F.cross_entropy(logits.float(), data.train_labels[index])
+                logits = model(x)  # (2N, classes)
+            loss = F.cross_entropy(logits.float(), data.train_labels[index].repeat(2))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

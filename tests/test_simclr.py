@@ -252,6 +252,17 @@ def test_copied_with_common_alone_it_learns_on_shapes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"simclr.py", "common.py", "run"}
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
+def test_compiled_it_does_the_same(few_shapes, tmp_path):
+    flags = ["--dataset", str(few_shapes), "--encoder", "small", "--epochs", "1", "--batch-size", "32", "--lr", "0"]
+    command = [sys.executable, str(ROOT / "simclr.py"), *flags, "--blur", "0.5", "--compile", "--out", "compiled"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    compiled = json.loads((tmp_path / "compiled/summary.json").read_text())
+    eager = small_run(few_shapes, tmp_path / "eager", "--epochs", "1", "--lr", "0", "--blur", "0.5")
+    assert compiled["history"][0]["loss"] == pytest.approx(eager["history"][0]["loss"], abs=1e-4)
+    assert compiled["trained"]["knn"] == pytest.approx(eager["trained"]["knn"], abs=0.021)
+
+
 def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket", None)
@@ -331,13 +342,21 @@ def test_a_run_is_not_overwritten_and_a_loss_that_is_not_finite_stops_it(few_sha
 # ------------------------------------------------------------------------------------------------------
 
 
-def test_few_labels(few_shapes, tmp_path, capsys):
-    summary = small_run(
-        few_shapes, tmp_path / "run", "--epochs", "1", "--batch-size", "4", "--labels", "0.1", "--fine-tune"
-    )
-    (row,) = summary["semi_supervised"]
-    assert 19 <= row["labels"] <= 22 and set(row) == {"labels", "knn", "linear_probe", "fine_tuned", "from_scratch"}
+def test_few_labels(few_shapes, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(simclr, "fine_tune", lambda encoder, *rest: calls.append((encoder, *rest)) or len(calls) / 10)
+    summary = small_run(few_shapes, tmp_path / "run", "--labels", "0.1", "3", "--fine-tune")
+    some, few = summary["semi_supervised"]
+    assert 19 <= some["labels"] <= 22 and few["labels"] == 30
+    assert set(some) == {"labels", "knn", "linear_probe", "fine_tuned", "from_scratch"}
+    assert [row[name] for row in (some, few) for name in ("fine_tuned", "from_scratch")] == [0.1, 0.2, 0.3, 0.4]
     assert "from_scratch" in capsys.readouterr().out
+    trained = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    torch.manual_seed(0)
+    scratch = simclr.SimCLR(simclr.parse_args([])).encoder.state_dict()
+    for (encoder, *_, rows, _), expected in zip(calls, (trained, scratch, trained, scratch), strict=True):
+        assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
+        assert len(rows) in (some["labels"], 30)
 
 
 def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was():

@@ -9,8 +9,9 @@ OWN = {"Args", "evaluate", "main", "pretrain"}  # what a script says in its own 
 
 def definitions(source):
     """The functions and classes at the top of a file, and the text of each."""
-    nodes = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef))
-    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+    lines, nodes = source.splitlines(), ast.parse(source).body
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {n.name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes if isinstance(n, kinds)}
 
 
 def drifted(sources):

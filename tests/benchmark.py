@@ -1,0 +1,191 @@
+"""How fast the views and the training step are, each compared within one run: python tests/benchmark.py
+
+    views   batched views against torchvision's transforms, image by image in a DataLoader with all cores
+    step    a step with live augmentation against the same step on a fixed batch, which is the bound
+    lightly where it is installed, its SimCLR (transform, loader, loss) with the same network, batch and optimizer
+
+Flags are those of simclr.py, by default of its CIFAR-10 recipe for this device; pictures are random. A line is the
+median over rounds in which the contestants take turns, so that what else the machine does meets all of them alike.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import simclr  # noqa: E402
+
+ROUNDS = 7
+
+
+class Pictures(torch.utils.data.Dataset):
+    """numpy pictures (M, S, S, 3) -> what `transform` makes of one, as a PIL picture as data sets of torchvision do."""
+
+    def __init__(self, pictures, transform):
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.transform(v2.functional.to_pil_image(self.pictures[i]))
+
+
+def torchvision_view(args, S):
+    """The transform of the paper, on a PIL picture, as published code has it: the same as two_views makes."""
+    s = args.jitter_strength
+    blur = [v2.RandomApply([v2.GaussianBlur(max(3, S // 20 * 2 + 1), (0.1, 2.0))], args.blur)] if args.blur else []
+    steps = [
+        v2.RandomResizedCrop(S, scale=(args.crop, 1.0)),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], 0.8),
+        v2.RandomGrayscale(args.gray),
+        *blur,
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(common.MEAN, common.STD),
+    ]
+    return v2.Compose(steps)
+
+
+def take_turns(contestants, device):
+    """contestants {name: function that works through some images and returns their number} -> {name: images/s}."""
+    rates = {name: [] for name in contestants}
+    for turn in range(ROUNDS + 1):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            count = work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first is for warming up
+                rates[name].append(count / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+def loader(pictures, transform, N):
+    """A DataLoader as peers have it: a process for each core, pinned memory where it helps."""
+    data = Pictures(pictures, transform)
+    pin = torch.cuda.is_available()
+    return torch.utils.data.DataLoader(
+        data, N, shuffle=True, drop_last=True, num_workers=os.cpu_count(), persistent_workers=True, pin_memory=pin
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--record", type=Path, help="a JSON file to write")
+    ours, flags = parser.parse_known_args()
+    small = [] if torch.cuda.is_available() else ["--encoder", "small"]
+    args = simclr.parse_args(["--dataset", "cifar10", *small, *flags])
+    device, N, S, steps = simclr.pick_device(args.device), args.batch_size, 32, 8
+    compiled = args.compile or (args.compile is None and device.type == "cuda")
+    torch.manual_seed(0)
+    pictures = np.random.default_rng(0).integers(0, 256, (4096, S, S, 3), dtype=np.uint8)
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    model = simclr.SimCLR(args, S).to(device, memory_format=torch.channels_last)
+    if compiled:
+        model.compile()
+        common.compile_operators()
+    optimizer, schedule = simclr.adamw(model, args, 10**6)
+
+    def random_batch():
+        return images[torch.randint(len(images), (N,), generator=generator, device=device)]
+
+    def our_views():
+        return simclr.network_input(simclr.two_views(random_batch(), args, generator))
+
+    def train(x, loss_of=simclr.nt_xent, **options):
+        with simclr.autocast(device):
+            z = model(x)
+        z1, z2 = z.float().chunk(2)
+        loss = loss_of(z1, z2, **options)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss.detach()
+
+    def fed_by(next_views):
+        def work():
+            for _ in range(steps):
+                train(next_views(), temperature=args.temperature)
+            return steps * N
+
+        return work
+
+    def only(next_views, count):  # views, without a step
+        def work():
+            for _ in range(steps):
+                next_views()
+            return steps * count
+
+        return work
+
+    theirs = endless(loader(pictures, torchvision_view(args, S), 2 * N))
+    fixed = our_views()
+    views = take_turns({"batched": only(our_views, 2 * N), "DataLoader": only(lambda: next(theirs), 2 * N)}, device)
+    contestants = {"fixed batch": fed_by(lambda: fixed), "live": fed_by(our_views)}
+    try:
+        from lightly.loss import NTXentLoss
+        from lightly.transforms import SimCLRTransform
+
+        transform = SimCLRTransform(
+            input_size=S, cj_strength=args.jitter_strength, cj_bright=0.8, cj_contrast=0.8, cj_sat=0.8, cj_hue=0.2,
+            min_scale=args.crop, random_gray_scale=args.gray, gaussian_blur=args.blur,
+        )  # fmt: skip
+        criterion = NTXentLoss(temperature=args.temperature)
+        pairs = endless(loader(pictures, transform, N))
+
+        def lightly():
+            for _ in range(steps):
+                x = torch.cat(next(pairs)).to(device, non_blocking=True)
+                train(x.contiguous(memory_format=torch.channels_last), criterion)
+            return steps * N
+
+        contestants["lightly"] = lightly
+    except ImportError:
+        pass
+    rates = take_turns(contestants, device)
+
+    print(f"{args.encoder}, batch {N}, {'compiled' if compiled else 'eager'}, {device}, torch {torch.__version__}")
+    print(f"views/s       batched {views['batched']:.0f}, DataLoader {views['DataLoader']:.0f}: "
+          f"{views['batched'] / views['DataLoader']:.1f} times")  # fmt: skip
+    for name, rate in rates.items():
+        share = rate / rates["fixed batch"]
+        print(f"images/s      {name:12}{rate:8.0f}   {share:.2f} of the bound, {1 / share:.3f} of its time")
+    if ours.record:
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "encoder": args.encoder,
+            "batch_size": N,
+            "compile": bool(compiled),
+            "views_per_second": views,
+            "images_per_second": rates,
+        }
+        if "lightly" in rates:
+            record["lightly"] = importlib.metadata.version("lightly")
+        ours.record.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The curves, drawn from run folders and from records."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import matplotlib.axes
+import pytest
+
+FIGURES = Path(__file__).parent.parent / "results/figures.py"
+LINES = [
+    {"epoch": n, "loss": 4 / n, "bound": 5 - 4 / n} | ({"knn": n / 10} if n % 2 == 0 else {}) for n in (1, 2, 3, 4)
+]
+
+
+def test_curves_show_what_is_in_folders_and_records(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (tmp_path / "record.json").write_text(json.dumps({"history": LINES[:2]}))
+    read, draw = (runpy.run_path(str(FIGURES))[name] for name in ("read", "draw"))
+    assert read(tmp_path / "run") == LINES and read(tmp_path / "record.json") == LINES[:2]
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda _, x, y, **__: drawn.append((list(x), list(y))))
+    monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda *_, **__: None)
+    draw({"run": read(tmp_path / "run")}, tmp_path / "curves.png")
+    assert drawn == [([1, 2, 3, 4], [4, 2, 4 / 3, 1]), ([1, 2, 3, 4], [1, 3, 5 - 4 / 3, 4]), ([2, 4], [0.2, 0.4])]
+
+
+def test_figures_from_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text(json.dumps({"history": LINES}))
+    for path, expected in (("record.json", None), ("none.json", "error: not a run folder or a record")):
+        monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path / path), "-o", str(tmp_path / "curves.png")])
+        if expected:
+            with pytest.raises(SystemExit, match=expected):
+                runpy.run_path(str(FIGURES), run_name="__main__")
+        else:
+            runpy.run_path(str(FIGURES), run_name="__main__")
+            assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -459,14 +459,14 @@ def probes(train, train_labels, test, test_labels):
     }
 
 
-def evaluate(model, data):
-    """Frozen probes of h and, where there is a head, of z -> accuracies on test, and h of train and test pictures."""
+def evaluate(model, data, head):
+    """Frozen probes of h, and of z if `head` and there is one -> accuracies on test, and h of train and test pictures."""
     if not data.classes:
         return {}, None
     y, test_y = data.train_labels, data.test_labels
     h, test_h = features(model.encoder, data.train_images[: len(y)]), features(model.encoder, data.test_images)
     accuracies = probes(h, y, test_h, test_y)
-    if not isinstance(model.projector, nn.Identity):
+    if head and not isinstance(model.projector, nn.Identity):
         with torch.no_grad():
             z, test_z = (model.projector.eval()(x) for x in (h, test_h))
         accuracies |= {f"{name}_z": value for name, value in probes(z, y, test_z, test_y).items()}
@@ -623,7 +623,7 @@ def main(args):
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
         common.compile_operators()
-    untrained, before = evaluate(scratch, data)
+    untrained, before = evaluate(scratch, data, head=False)
 
     def monitor():
         """kNN of a tenth of the training pictures among the rest: what recipes are chosen by."""
@@ -634,11 +634,13 @@ def main(args):
         return {"knn": knn_accuracy(h[~held], labels[~held], h[held], labels[held])}
 
     pretrain(model, data.train_images, args, run, monitor)
-    trained, after = evaluate(model, data)
+    trained, after = evaluate(model, data, head=True)
     few = [semi_supervised(scratch.encoder, model.encoder, data, after, rows, args) for rows in subsets]
     if data.classes:
         save_neighbours(run.folder / "neighbours.png", data, before, after)
-        print_table([{"on test": name, "untrained": untrained[name], "trained": trained[name]} for name in trained])
+        print_table(
+            [{"on test": name, "untrained": untrained.get(name, ""), "trained": trained[name]} for name in trained]
+        )
     if few:
         print_table(few)
     return run.finish(

@@ -285,8 +285,7 @@ class Run:
     """The folder of a run: args.json, metrics.jsonl, checkpoint.pt and summary.json; and progress on the screen."""
 
     def __init__(self, args):
-        """Reads the checkpoint to go on from, if any. Raises UserError where it does not fit these arguments, where
-        it would be lost, and where the folder cannot be written."""
+        """Reads the checkpoint to go on from, if any. Raises UserError where it does not fit, or would be lost."""
         self.args, self.folder, self.history, self.ticks, self.state = args, Path(args.out), [], [], None
         path = self.folder / "checkpoint.pt"
         if path.exists() and not args.resume:
@@ -460,7 +459,7 @@ def probes(train, train_labels, test, test_labels):
 
 
 def evaluate(model, data, head):
-    """Frozen probes of h, and of z if `head` and there is one -> accuracies on test, and h of train and test pictures."""
+    """Frozen probes of h, and of z if asked for a head that is there -> accuracies on test; h of train and test."""
     if not data.classes:
         return {}, None
     y, test_y = data.train_labels, data.test_labels
@@ -500,8 +499,8 @@ def fine_tune(encoder, D, data, rows, args):
 
 
 def semi_supervised(scratch, encoder, data, h, rows, args):
-    """The lecture's semi-supervised table, one line of it: few labels, with the frozen encoder and, for --fine-tune,
-    with all of it trained, against the same network from scratch. h: features of the train and the test pictures."""
+    """A line of the lecture's semi-supervised table: the frozen encoder with the labels of some rows and, for
+    --fine-tune, all of it trained with them, against the same network from scratch. h: features of train and test."""
     accuracies = {"labels": len(rows)} | probes(h[0][rows], data.train_labels[rows], h[1], data.test_labels)
     if args.fine_tune:
         print(f"fine-tuning on {len(rows)} labels, and training from scratch")

@@ -381,6 +381,18 @@ def test_probes_with_and_without_a_head(few_shapes, tmp_path, projection, z):
     assert set(summary["trained"]) == {"knn", "linear_probe"} | z
 
 
+def test_the_head_is_probed_as_it_is_at_test_time(few_shapes):
+    data = common.load_dataset(str(few_shapes))
+    model = simclr.SimCLR(simclr.parse_args([])).train()
+    model(simclr.network_input(data.train_images[:100] / 255))  # moves the statistics of batch norm
+    accuracies, (h, test_h) = simclr.evaluate(model.train(), data, head=True)
+    with torch.no_grad():
+        z, test_z = (model.eval()(simclr.network_input(x / 255)) for x in (data.train_images, data.test_images))
+    assert accuracies["knn_z"] == simclr.knn_accuracy(z, data.train_labels, test_z, data.test_labels)
+    assert accuracies["knn"] == simclr.knn_accuracy(h, data.train_labels, test_h, data.test_labels)
+    torch.testing.assert_close(test_h, model.encoder(simclr.network_input(data.test_images / 255)).detach())
+
+
 def test_plain_pictures_are_pretrained_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "album").mkdir()
     for i, image in enumerate(common.load_dataset("shapes").train_images[:70]):

@@ -338,7 +338,7 @@ class Run:
             if step == 20:
                 epochs = self.args.epochs - len(self.history)
                 minutes = (self.ticks[1] - self.ticks[0]) / 10 * len(losses) * epochs / 60
-                print(f"pretraining will take about {minutes:.1f} minutes")
+                print(f"pretraining will take about {minutes:.1f} minutes", flush=True)
 
     def mean_loss(self, losses, epoch):
         """losses (steps,) of an epoch -> their mean. Raises UserError if one of them is not finite."""
@@ -359,7 +359,7 @@ class Run:
         left = sum(line["seconds"] for line in self.history) / epoch * (self.args.epochs - epoch)
         minutes, seconds = divmod(round(left), 60)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "seconds")
-        print(f"epoch {epoch}/{self.args.epochs}  {minutes}:{seconds:02} left  {numbers}")
+        print(f"epoch {epoch}/{self.args.epochs}  {minutes}:{seconds:02} left  {numbers}", flush=True)
 
     def finish(self, start, device, encoder, results):
         """summary.json from results = {name: numbers or rows of them} and what every run has to say -> its content."""
@@ -504,7 +504,7 @@ def semi_supervised(scratch, encoder, data, h, rows, args):
     --fine-tune, all of it trained with them, against the same network from scratch. h: features of train and test."""
     accuracies = {"labels": len(rows)} | probes(h[0][rows], data.train_labels[rows], h[1], data.test_labels)
     if args.fine_tune:
-        print(f"fine-tuning on {len(rows)} labels, and training from scratch")
+        print(f"fine-tuning on {len(rows)} labels, and training from scratch", flush=True)
         accuracies["fine_tuned"] = fine_tune(encoder, h[0].shape[1], data, rows, args)
         accuracies["from_scratch"] = fine_tune(scratch, h[0].shape[1], data, rows, args)
     return accuracies
@@ -610,7 +610,7 @@ def main(args):
     subsets = [common.labelled_rows(data.train_labels, amount, args.seed) for amount in amounts]
     run = Run(args)
     print(f"{METHOD} on {args.dataset}: {M} pictures, {S} x {S}, {len(data.train_labels)} of them with labels; "
-          f"{device}; results go to {run.folder}")  # fmt: skip
+          f"{device}; results go to {run.folder}", flush=True)  # fmt: skip
     if not data.classes:
         print("there are no train/<class> folders, so the probes are skipped")
     if device.type == "cpu" and args.encoder != "small":
@@ -649,7 +649,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     try:
         main(parse_args())
     except UserError as error:

@@ -198,9 +198,12 @@ def folder_dataset(root, data_dir, image_size):
         for folder in split.iterdir():
             if folder.is_dir() and folder.name not in classes:
                 raise UserError(f"{folder}: there is no class of that name in {train}")
-        files = [[*list_pictures(split / name)] if (split / name).is_dir() else [] for name in classes]
-        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(of) for of in files]))
-        parts += [decode(root, sum(files, []), data_dir, image_size), labels]
+        folders = [(label, split / name) for label, name in enumerate(classes) if (split / name).is_dir()]
+        files = [(file, label) for label, folder in folders for file in list_pictures(folder)]
+        if not files:
+            raise UserError(f"{split}: has no <class> folders, of which {train} has {len(classes)}")
+        parts.append(decode(root, [file for file, _ in files], data_dir, image_size))
+        parts.append(torch.tensor([label for _, label in files]))
     return Dataset(*parts, classes)
 
 

@@ -350,6 +350,10 @@ def test_bad_folders(folder, tmp_path):
     with pytest.raises(common.UserError, match="cow: there is no class of that name in"):
         common.load_dataset(str(folder), tmp_path / "cache")
     shutil.rmtree(folder / "val")
+    save_picture(folder / "val/x.png", (0, 250, 0))
+    with pytest.raises(common.UserError, match="val: has no <class> folders, of which .*train has 2"):
+        common.load_dataset(str(folder), tmp_path / "cache")
+    shutil.rmtree(folder / "val")
     with pytest.raises(common.UserError, match="pets: has train/<class> folders, but no test/<class> or val/<class>"):
         common.load_dataset(str(folder), tmp_path / "cache")
 

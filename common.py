@@ -465,6 +465,14 @@ def random_resized_crop(images, size, generator, scale=(0.08, 1.0), ratio=(3 / 4
     return resized_crop(images, boxes, size, coin(flip, N, generator))
 
 
+def random_crop(images, padding, generator, flip=0.5):
+    """Shifts each square image by up to `padding` pixels, zeros moving in, and mirrors it with probability `flip`."""
+    N, _, _, S = images.shape
+    corners = uniform(0, 2 * padding + 1, (N, 2), generator).floor()  # top and left
+    boxes = torch.cat([corners, torch.full_like(corners, S)], dim=1)
+    return resized_crop(F.pad(images, [padding] * 4), boxes, S, coin(flip, N, generator))
+
+
 def blur_weights(sigma, size, radius):
     """Matrices (N, size, size) that blur a line by a Gaussian of sigma (N,) pixels, mirrored beyond its ends."""
     pixel = torch.arange(size, device=sigma.device)

@@ -162,7 +162,7 @@ def network_input(x):
 # === Model ==========================================================================================================
 
 
-def build_encoder(name, image_size=32):
+def build_encoder(name, image_size=32, norm_layer=nn.BatchNorm2d):
     """torchvision's ResNet without its classifier, (B, 3, S, S) -> (B, D), and D.
 
     small: one basic block in each of the first two stages, D = 128. For pictures of up to 64 pixels the others have a
@@ -170,11 +170,11 @@ def build_encoder(name, image_size=32):
     pixels; D = 512, or 2048 for resnet50.
     """
     if name == "small":
-        encoder = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+        encoder = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
         encoder.layer3 = encoder.layer4 = nn.Identity()
         D = 128
     else:
-        encoder = getattr(torchvision.models, name)()
+        encoder = getattr(torchvision.models, name)(norm_layer=norm_layer)
         D = encoder.fc.in_features
         if image_size <= 64:
             encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -358,7 +358,8 @@ class Run:
             file.write(json.dumps(self.history[-1]) + "\n")
         left = sum(line["seconds"] for line in self.history) / epoch * (self.args.epochs - epoch)
         minutes, seconds = divmod(round(left), 60)
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "seconds")
+        shown = {k: v for k, v in metrics.items() if isinstance(v, float) and k != "seconds"}
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"epoch {epoch}/{self.args.epochs}  {minutes}:{seconds:02} left  {numbers}", flush=True)
 
     def finish(self, start, device, encoder, results):

@@ -94,8 +94,8 @@ class Args:
 IMAGENET = dict(batch_size=256, queue_size=16384, momentum=0.999, temperature=0.2, blur=0.5)
 SMALL = dict(batch_size=128, epochs=10, temperature=0.2, bn_groups=4, eval_every=2)
 RECIPES = {
-    "shapes": dict(encoder="small", epochs=15, batch_size=64, weight_decay=0.05, queue_size=1024, temperature=0.2,
-                   bn_groups=2, crop=0.5, jitter_strength=1.0, gray=0.5, eval_every=5),
+    "shapes": dict(encoder="small", epochs=19, batch_size=64, weight_decay=0.05, queue_size=1024, momentum=0.995,
+                   bn_groups=2, crop=0.8, jitter_strength=1.0, gray=0.5, eval_every=5),
     "cifar10": dict(),
     "cifar10 --encoder small": SMALL,
     "cifar100": dict(),
@@ -666,7 +666,7 @@ def save_queue(path, history):
     ones, a query knows its key by its freshness.
     """
     colors = ["#2ca02c", "#08306b", "#2171b5", "#6baed6", "#bdd7e7"]
-    names = ["positive", *(f"queue, {age} quarter" for age in ("newest", "second", "third", "oldest"))]
+    names = ["positive", "newest quarter", "second quarter", "third quarter", "oldest quarter of the queue"]
     curves = list(zip(*([line["positive"], *line["queue"]] for line in history), strict=True))
     low = min(0.0, math.floor(5 * min(map(min, curves))) / 5)
     page = Image.new("RGB", (640, 360), "white")
@@ -685,7 +685,7 @@ def save_queue(path, history):
         draw.line(points, fill=color, width=3)
         for x, y in points:
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
-        draw.text((50 + 120 * number, 16), name, fill=color, font_size=12)
+        draw.text((50 + 110 * number, 16), name, fill=color, font_size=12)
     page.save(path)
 
 

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OWN = {"Args", "evaluate", "main", "pretrain"}  # what a script says in its own way
+OWN = {"Args", "evaluate", "main", "pretrain", "two_views"}  # what a script says in its own way
 
 
 def definitions(source):

@@ -1,8 +1,10 @@
-"""Draws loss, bound and held-out kNN over the epochs of one or more runs (needs matplotlib).
+"""Draws the log of one or more runs over the epochs, or with --labels accuracy over labels (needs matplotlib).
 
     python results/figures.py runs/simclr-shapes-seed0 results/simclr-shapes-seed1.json -o curves.png
+    python results/figures.py --labels results/rotnet-shapes-labels.json -o labels.png
 
-A run is a folder with metrics.jsonl, finished or not, or a record, a summary.json.
+A run is a folder, finished or not, or a record, a summary.json. --labels draws the lecture's semi-supervised figure
+from runs with --labels, which must be finished.
 """
 
 import argparse
@@ -15,36 +17,70 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-LABELS = {"loss": "loss (nats)", "bound": "bound log(2N - 1) - loss (nats)", "knn": "held-out kNN accuracy"}
+LABELS = {
+    "loss": "loss (nats)",
+    "bound": "bound log(negatives + 1) - loss (nats)",
+    "rotation": "rotations told right, training",
+    "accuracy": "queries that find their key",
+    "knn": "held-out kNN accuracy",
+}
 
 
-def read(path):
-    """A run folder or a record -> its lines, one dict an epoch."""
-    if path.is_dir():
+def read(path, key):
+    """A run folder or a record -> its history, one dict an epoch, or another list of rows of the summary."""
+    if path.is_dir() and key == "history":
         return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return json.loads(path.read_text())["history"]
+    return json.loads((path / "summary.json" if path.is_dir() else path).read_text())[key]
 
 
-def draw(runs, out):
-    """runs {name: lines} -> a picture with a panel for each quantity."""
-    figure, panels = pyplot.subplots(1, len(LABELS), figsize=(12, 3.4), layout="constrained")
-    for panel, (key, label) in zip(panels, LABELS.items(), strict=True):
-        for name, lines in runs.items():
-            points = [(line["epoch"], line[key]) for line in lines if key in line]
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        panel.set(xlabel="epoch", title=label)
+def curve(rows, x, y):
+    return zip(*((row[x], row[y]) for row in rows if y in row), strict=True)
+
+
+def finish(figure, panels, out):
+    for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(out, dpi=120)
 
 
+def draw(runs, out):
+    """runs {name: lines} -> a picture with a panel for each quantity that they have."""
+    keys = [key for key in LABELS if any(key in line for lines in runs.values() for line in lines)]
+    if not keys:
+        raise ValueError("no epoch is logged yet")
+    figure, panels = pyplot.subplots(1, len(keys), figsize=(4 * len(keys), 3.4), layout="constrained", squeeze=False)
+    for panel, key in zip(panels[0], keys, strict=True):
+        for name, lines in runs.items():
+            if any(key in line for line in lines):
+                panel.plot(*curve(lines, "epoch", key), marker="o", markersize=3, label=name)
+        panel.set(xlabel="epoch", title=LABELS[key])
+    finish(figure, panels[0], out)
+
+
+def draw_labels(runs, out):
+    """runs {name: rows of the semi-supervised table} -> accuracy on test over the number of labels."""
+    figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    for name, rows in runs.items():
+        if not rows:
+            raise ValueError(f"{name} was run without --labels")
+        for key in rows[0]:
+            if key != "labels":
+                label = key.replace("_", " ") if len(runs) == 1 else f"{name}, {key.replace('_', ' ')}"
+                panel.plot(*curve(sorted(rows, key=lambda row: row["labels"]), "labels", key), marker="o", label=label)
+    panel.set(xscale="log", xlabel="labels", ylabel="accuracy on test", ylim=(0, 1))
+    finish(figure, [panel], out)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--labels", action="store_true")
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
+    kind, paint = ("semi_supervised", draw_labels) if args.labels else ("history", draw)
     try:
-        draw({path.stem: read(path) for path in args.runs}, args.out)
+        paint({path.stem: read(path, kind) for path in args.runs}, args.out)
     except (OSError, KeyError, ValueError) as error:
         sys.exit(f"error: not a run folder or a record ({error})")

@@ -70,6 +70,17 @@ def test_resized_crop(generator, shape, size):
     torch.testing.assert_close(common.resized_crop(images, boxes, size, flip), expected, rtol=0, atol=1e-5)
 
 
+def test_random_crop_shifts_and_mirrors_exactly(monkeypatch, generator):
+    images, calls = torch.rand(600, 3, 8, 8, generator=generator), record(monkeypatch, "resized_crop")
+    shifted = common.random_crop(images, 2, generator, flip=0.3)
+    (_, boxes, _, flip), *_ = calls
+    for image, moved, box, mirrored in zip(images, shifted, boxes.int().tolist(), flip, strict=True):
+        window = TF.crop(TF.pad(image, 2), *box)
+        assert torch.equal(moved, TF.horizontal_flip(window) if mirrored else window)
+    assert len(boxes.unique(dim=0)) == 25 and abs(flip.float().mean() - 0.3) < 0.06
+    assert torch.equal(common.random_crop(images, 0, generator, flip=0), images)
+
+
 @pytest.mark.parametrize("kernel_size", [3, 9, 23])
 def test_gaussian_blur(images, generator, kernel_size):
     sigma = common.uniform(0.1, 3.0, (N,), generator)

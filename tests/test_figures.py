@@ -19,12 +19,30 @@ def test_curves_show_what_is_in_folders_and_records(tmp_path, monkeypatch):
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     (tmp_path / "record.json").write_text(json.dumps({"history": LINES[:2]}))
     read, draw = (runpy.run_path(str(FIGURES))[name] for name in ("read", "draw"))
-    assert read(tmp_path / "run") == LINES and read(tmp_path / "record.json") == LINES[:2]
+    assert read(tmp_path / "run", "history") == LINES and read(tmp_path / "record.json", "history") == LINES[:2]
     drawn = []
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda _, x, y, **__: drawn.append((list(x), list(y))))
     monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda *_, **__: None)
-    draw({"run": read(tmp_path / "run")}, tmp_path / "curves.png")
+    draw({"run": read(tmp_path / "run", "history")}, tmp_path / "curves.png")
     assert drawn == [([1, 2, 3, 4], [4, 2, 4 / 3, 1]), ([1, 2, 3, 4], [1, 3, 5 - 4 / 3, 4]), ([2, 4], [0.2, 0.4])]
+
+
+def test_the_semi_supervised_figure(tmp_path, monkeypatch):
+    rows = [{"labels": 100, "frozen": 0.7, "from_scratch": 0.5}, {"labels": 10, "frozen": 0.6, "from_scratch": 0.2}]
+    (tmp_path / "record.json").write_text(json.dumps({"history": LINES, "semi_supervised": rows}))
+    drawn, plot = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "plot",
+        lambda panel, x, y, **k: drawn.append((k["label"], x, y)) or plot(panel, x, y, **k),
+    )
+    flags = "--labels", str(tmp_path / "record.json"), "-o", str(tmp_path / "labels.png")
+    monkeypatch.setattr(sys, "argv", ["figures.py", *flags])
+    runpy.run_path(str(FIGURES), run_name="__main__")
+    assert drawn == [("frozen", (10, 100), (0.6, 0.7)), ("from scratch", (10, 100), (0.2, 0.5))]
+    (tmp_path / "record.json").write_text(json.dumps({"semi_supervised": []}))
+    with pytest.raises(SystemExit, match="record was run without --labels"):
+        runpy.run_path(str(FIGURES), run_name="__main__")
 
 
 def test_figures_from_the_command_line(tmp_path, monkeypatch):

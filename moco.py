@@ -666,7 +666,7 @@ def save_queue(path, history):
     ones, a query knows its key by its freshness.
     """
     colors = ["#2ca02c", "#08306b", "#2171b5", "#6baed6", "#bdd7e7"]
-    names = ["positive", "newest quarter", "second quarter", "third quarter", "oldest quarter of the queue"]
+    names = ["positive", "queue: newest", "second", "third", "oldest quarter"]
     curves = list(zip(*([line["positive"], *line["queue"]] for line in history), strict=True))
     low = min(0.0, math.floor(5 * min(map(min, curves))) / 5)
     page = Image.new("RGB", (640, 360), "white")

@@ -78,7 +78,7 @@ class Args:
 LARGE = dict(epochs=50, padding=12)
 SMALL = dict(blocks=3, epochs=4, batch_size=64, classifier_epochs=1, eval_every=1)
 RECIPES = {
-    "shapes": dict(encoder="small", blocks=3, epochs=4, batch_size=32, padding=2, classifier_epochs=3, eval_every=1),
+    "shapes": dict(encoder="small", blocks=3, epochs=4, batch_size=32, padding=2, classifier_epochs=2, eval_every=2),
     "cifar10": dict(),
     "cifar10 --encoder small": SMALL,
     "cifar100": dict(),

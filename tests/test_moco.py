@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,18 +23,6 @@ SMALL = "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--queue-si
 def small_run(data, out, *flags):
     """main on a few shapes, in two short epochs."""
     return moco.main(moco.parse_args(["--dataset", str(data), "--out", str(out), *SMALL, *flags]))
-
-
-@pytest.fixture(scope="module")
-def few_shapes(tmp_path_factory):
-    """An .npz file with 200 training and 50 test pictures."""
-    data, path = common.load_dataset("shapes"), tmp_path_factory.mktemp("data") / "few.npz"
-    arrays = {}
-    for split, count in (("train", 200), ("test", 50)):
-        arrays[f"{split}_images"] = getattr(data, f"{split}_images")[:count].permute(0, 2, 3, 1).numpy()
-        arrays[f"{split}_labels"] = getattr(data, f"{split}_labels")[:count].numpy()
-    np.savez(path, **arrays)
-    return path
 
 
 def unit(*shape, dim=1, seed=0):

@@ -25,18 +25,6 @@ def small_run(data, out, *flags):
     return rotnet.main(rotnet.parse_args(["--dataset", str(data), "--out", str(out), *flags]))
 
 
-@pytest.fixture(scope="module")
-def few_shapes(tmp_path_factory):
-    """An .npz file with 200 training and 50 test pictures."""
-    data, path = common.load_dataset("shapes"), tmp_path_factory.mktemp("data") / "few.npz"
-    arrays = {}
-    for split, count in (("train", 200), ("test", 50)):
-        arrays[f"{split}_images"] = getattr(data, f"{split}_images")[:count].permute(0, 2, 3, 1).numpy()
-        arrays[f"{split}_labels"] = getattr(data, f"{split}_labels")[:count].numpy()
-    np.savez(path, **arrays)
-    return path
-
-
 def test_rotations_are_numpys_counter_clockwise():
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x, labels = rotnet.rotate_batch(images)

@@ -27,18 +27,6 @@ def small_run(data, out, *flags):
     return simclr.main(simclr.parse_args([*arguments, "--out", str(out), *flags]))
 
 
-@pytest.fixture(scope="module")
-def few_shapes(tmp_path_factory):
-    """An .npz file with 200 training and 50 test pictures."""
-    data, path = common.load_dataset("shapes"), tmp_path_factory.mktemp("data") / "few.npz"
-    arrays = {}
-    for split, count in (("train", 200), ("test", 50)):
-        arrays[f"{split}_images"] = getattr(data, f"{split}_images")[:count].permute(0, 2, 3, 1).numpy()
-        arrays[f"{split}_labels"] = getattr(data, f"{split}_labels")[:count].numpy()
-    np.savez(path, **arrays)
-    return path
-
-
 def error_of(monkeypatch, capsys, *arguments):
     """What `python simclr.py ...` says of bad input: one line on stderr, and exit code 2."""
     monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, arguments)])

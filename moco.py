@@ -17,6 +17,10 @@ and head are thrown away: what a classifier reads is the query encoder's represe
     python moco.py --dataset cifar10 --encoder small     a small ResNet, on two CPU cores
     python moco.py --dataset path/to/pictures            pictures of your own, see README.md
     python moco.py --no-mlp --no-aug-plus --no-cos       version 1; any of the three alone is a row of table 1
+
+Linear probe on test, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1; records in results/):
+
+    shapes    41.4 -> 74.4 %, 38.2 -> 73.7 %, 39.1 -> 67.7 % with seeds 0, 1, 2; 83 to 87 s
 """
 
 import argparse

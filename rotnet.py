@@ -14,6 +14,10 @@ know about turns alone, are thrown away: what a classifier reads are the feature
     python rotnet.py --dataset cifar10 --encoder small     a small one, on two CPU cores
     python rotnet.py --dataset path/to/pictures            pictures of your own, see README.md
     python rotnet.py --labels 20 100 400                   the lecture's semi-supervised figure, as a table
+
+Linear probe on test, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1; records in results/):
+
+    shapes, block 2    46.6 -> 99.1 %, 47.5 -> 98.8 %, 46.8 -> 98.8 % with seeds 0, 1, 2; 85 to 101 s
 """
 
 import argparse

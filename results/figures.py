@@ -69,7 +69,10 @@ def draw_labels(runs, out):
             if key != "labels":
                 label = key.replace("_", " ") if len(runs) == 1 else f"{name}, {key.replace('_', ' ')}"
                 panel.plot(*curve(sorted(rows, key=lambda row: row["labels"]), "labels", key), marker="o", label=label)
-    panel.set(xscale="log", xlabel="labels", ylabel="accuracy on test", ylim=(0, 1))
+    counts = sorted({row["labels"] for rows in runs.values() for row in rows})
+    panel.set(xscale="log", xlabel="labels", ylabel="accuracy on test", ylim=(0, 1.03))
+    panel.set_xticks(counts, [f"{count:,}" for count in counts])
+    panel.minorticks_off()
     finish(figure, [panel], out)
 
 

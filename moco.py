@@ -16,7 +16,7 @@ and head are thrown away: what a classifier reads is the query encoder's represe
     python moco.py --dataset cifar10                     ResNet-18, on a GPU
     python moco.py --dataset cifar10 --encoder small     a small ResNet, on two CPU cores
     python moco.py --dataset path/to/pictures            pictures of your own, see README.md
-    python moco.py --no-mlp --no-aug-plus --no-cos       version 1; any of the three alone is a row of table 1
+    python moco.py --no-mlp --no-aug-plus --no-cos       version 1; each is a column of the lecture's table 1
 
 Linear probe on test, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1; records in results/):
 
@@ -222,8 +222,8 @@ class Branch(nn.Module):
 
     def __init__(self, args, image_size=32):
         super().__init__()
-        norm = functools.partial(SplitBatchNorm, parts=args.bn_groups) if args.bn_groups > 1 else nn.BatchNorm2d
-        self.encoder, D = build_encoder(args.encoder, image_size, norm)
+        norm_layer = functools.partial(SplitBatchNorm, parts=args.bn_groups)
+        self.encoder, D = build_encoder(args.encoder, image_size, norm_layer)
         hidden = [nn.Linear(D, D), nn.ReLU(inplace=True)] if args.mlp else []
         self.projector = nn.Sequential(*hidden, nn.Linear(D, args.projection_dim))
 
@@ -312,9 +312,8 @@ def fill_queue(model, images, args):
     device, K = model.queue.device, args.queue_size
     generator = torch.Generator(device).manual_seed(args.seed * 100_000)
     order = torch.randint(len(images), (K,), generator=generator, device=device)
-    size = math.gcd(K, args.batch_size)
-    for batch in common.batches(images, order, size, device):
-        x = network_input(two_views(batch, args, generator)[:size])
+    for batch in common.batches(images, order, args.batch_size, device):
+        x = network_input(two_views(batch, args, generator)[: len(batch)])
         with autocast(device):
             model.enqueue(model.keys(x, generator))
 
@@ -373,8 +372,8 @@ def pretrain(model, images, args, run, monitor):
             "accuracy": found,
             "positive": positive,
             "queue": queue,
+            "images_per_second": steps * N / seconds,
         }
-        metrics["images_per_second"] = steps * N / seconds
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             metrics |= monitor()
         run.log(epoch, metrics | {"seconds": seconds})

@@ -1,11 +1,11 @@
 """RotNet: to tell by how much a picture was turned, one must know what is in it and which way it stands.
 
 Every picture of a batch is turned by 0, 90, 180 and 270 degrees, and a network says of each of the four which it is.
-Nobody says what the pictures show: the turn is the label, and it is free. After pretraining the last blocks, which
-know about turns alone, are thrown away: what a classifier reads are the feature maps of an early block.
+Nobody says what the pictures show: the turn is the label, and it is free. What a classifier reads afterwards are the
+feature maps of an early block, since the last ones specialise in turns.
 
     Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018.
-    Equation 3 of the paper; "predict rotations" in the lecture. g(x, y) is the picture x after y quarter turns:
+    The objective of its section 2; "predict rotations" in the lecture. g(x, y) is the picture x after y quarter turns:
 
     L = mean over pictures x of  1/4 sum_{y = 0..3} -log F^y(g(x, y))       F^y the predicted probability of turn y
 
@@ -234,7 +234,7 @@ def pretrain(model, images, args, run, monitor):
             x, labels = rotate_batch(shifted(batch, args, generator), args.rotations)  # (4N, 3, S, S), (4N,)
             with autocast(device):
                 logits = model(network_input(x))  # (4N, 4)
-            loss = F.cross_entropy(logits.float(), labels)  # equation 3 of the paper
+            loss = F.cross_entropy(logits.float(), labels)  # the mean over all turns of all pictures
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

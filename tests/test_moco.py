@@ -135,7 +135,7 @@ def test_keys_are_made_in_another_order_and_come_back_in_theirs(model, monkeypat
 
 def test_the_queue_begins_with_keys(model):
     images = common.load_dataset("shapes").train_images[:40]
-    args = moco.parse_args(["--queue-size", "12", "--batch-size", "8", "--bn-groups", "2"])
+    args = moco.parse_args(["--queue-size", "12", "--batch-size", "4", "--bn-groups", "2"])
     moco.fill_queue(model.train(), images, args)
     torch.testing.assert_close(model.queue.norm(dim=0), torch.ones(12))
     assert len(model.queue.T.unique(dim=0)) == 12 and int(model.pointer) == 0
@@ -164,6 +164,29 @@ def test_versions_1_and_2():
     images = common.load_dataset("shapes").train_images[:64]
     views = [moco.two_views(images, args, torch.Generator().manual_seed(0)) for args in (v1, v2)]
     assert views[0].shape == views[1].shape == (128, 3, 32, 32) and not torch.equal(*views)
+
+
+@pytest.mark.parametrize(
+    ("flags", "jitter"),
+    [
+        (["--no-aug-plus", "--blur", "0.5"], ("random_color_jitter", 0.4, 0.4, 0.4, 0.4, 1.0)),
+        (["--aug-plus", "--blur", "0.5"], ("random_color_jitter", 0.4, 0.4, 0.4, 0.1, 0.8)),
+    ],
+)
+def test_views_are_those_of_the_authors(monkeypatch, flags, jitter):
+    calls = []
+    for name in ("random_color_jitter", "random_grayscale", "random_gaussian_blur"):
+
+        def recorded(x, generator, *values, p=0.8, name=name):
+            calls.append((name, *values, p))
+            return x
+
+        monkeypatch.setattr(common, name, recorded)
+    args = moco.parse_args(["--jitter-strength", "0.5", "--gray", "0.2", *flags])
+    moco.two_views(torch.zeros(2, 3, 8, 8), args, torch.Generator())
+    gray = ("random_grayscale", 0.2, 0.8)
+    v2 = "--aug-plus" in flags
+    assert calls == ([jitter, gray, ("random_gaussian_blur", 0.5)] if v2 else [gray, jitter])
 
 
 def test_schedules(few_shapes, tmp_path):

@@ -96,7 +96,7 @@ class Args:
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
 IMAGENET = dict(batch_size=256, queue_size=16384, momentum=0.999, temperature=0.2, blur=0.5)
-SMALL = dict(batch_size=128, epochs=10, temperature=0.2, bn_groups=4, eval_every=2)
+SMALL = dict(batch_size=128, epochs=10, bn_groups=4, eval_every=2)
 RECIPES = {
     "shapes": dict(encoder="small", epochs=19, batch_size=64, weight_decay=0.05, queue_size=1024, momentum=0.995,
                    bn_groups=2, crop=0.8, jitter_strength=1.0, gray=0.5, eval_every=5),

@@ -80,7 +80,7 @@ class Args:
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
 LARGE = dict(epochs=50, padding=12)
-SMALL = dict(blocks=3, epochs=2, batch_size=64, classifier_epochs=1, eval_every=1)
+SMALL = dict(blocks=3, epochs=2, batch_size=64, classifier_epochs=1, eval_every=2)
 RECIPES = {
     "shapes": dict(encoder="small", blocks=3, epochs=4, batch_size=32, padding=2, classifier_epochs=2, eval_every=2),
     "cifar10": dict(),

@@ -18,7 +18,7 @@ feature maps of an early block, since the last ones specialise in turns.
 Linear probe on test, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1; records in results/):
 
     shapes, block 2     46.6 -> 99.1 %, 47.5 -> 98.8 %, 46.8 -> 98.8 % with seeds 0, 1, 2; 85 to 101 s
-    cifar10, block 2    47.3 -> 57.3 % with the small encoder and seed 0; 16 min
+    cifar10, block 2    47.3 -> 57.3 % with the small encoder and seed 0; 15 min
 """
 
 import argparse

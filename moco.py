@@ -99,8 +99,8 @@ class Args:
 IMAGENET = dict(batch_size=256, queue_size=16384, momentum=0.999, temperature=0.2, blur=0.5)
 SMALL = dict(batch_size=128, epochs=10, bn_groups=4, eval_every=2)
 RECIPES = {
-    "shapes": dict(encoder="small", epochs=19, batch_size=64, weight_decay=0.05, queue_size=1024, momentum=0.995,
-                   bn_groups=2, crop=0.8, jitter_strength=1.0, gray=0.5, eval_every=5),
+    "shapes": dict(encoder="small", epochs=16, batch_size=64, weight_decay=0.05, queue_size=1024, momentum=0.995,
+                   bn_groups=2, crop=0.8, gray=0.5, eval_every=4),
     "cifar10": dict(),
     "cifar10 --encoder small": SMALL,
     "cifar100": dict(),

@@ -138,3 +138,102 @@ def test_mask_tokens_take_the_places_of_removed_patches():
     prediction, mask = model(torch.rand(2, 3, 16, 16), 0.75, noise)
     assert (prediction[mask == 1] == prediction[mask == 1][0]).all()
     assert len(prediction[mask == 0].unique(dim=0)) == 8
+
+
+# --- Official names -------------------------------------------------------------------------------------------------
+
+
+def official_block(D):
+    """Names and shapes of a block of width D in the authors' code and in timm."""
+    return {
+        "norm1.weight": (D,), "norm1.bias": (D,),
+        "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
+        "attn.proj.weight": (D, D), "attn.proj.bias": (D,),
+        "norm2.weight": (D,), "norm2.bias": (D,),
+        "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,),
+        "mlp.fc2.weight": (D, 4 * D), "mlp.fc2.bias": (D,),
+    }  # fmt: skip
+
+
+OFFICIAL = {  # mae_pretrain_vit_base_full.pth: patches of 16 of 224 pixels, 12 blocks and 8 in the decoder
+    "cls_token": (1, 1, 768), "pos_embed": (1, 197, 768), "mask_token": (1, 1, 512),
+    "patch_embed.proj.weight": (768, 3, 16, 16), "patch_embed.proj.bias": (768,),
+    **{f"blocks.{i}.{name}": shape for i in range(12) for name, shape in official_block(768).items()},
+    "norm.weight": (768,), "norm.bias": (768,),
+    "decoder_embed.weight": (512, 768), "decoder_embed.bias": (512,), "decoder_pos_embed": (1, 197, 512),
+    **{f"decoder_blocks.{i}.{name}": shape for i in range(8) for name, shape in official_block(512).items()},
+    "decoder_norm.weight": (512,), "decoder_norm.bias": (512,),
+    "decoder_pred.weight": (768, 512), "decoder_pred.bias": (768,),
+}  # fmt: skip
+
+
+def test_official_weights_load_strictly():
+    with torch.device("meta"):
+        model = mae.MaskedAutoencoder(224, 16, *mae.ENCODERS["vit_base"])
+        model.load_state_dict({name: torch.empty(shape) for name, shape in OFFICIAL.items()}, strict=True, assign=True)
+        encoder = mae.VisionTransformer(224, 16, *mae.ENCODERS["vit_base"])
+    decoder = {"mask_token"} | {name for name in OFFICIAL if name.startswith("decoder")}
+    assert set(encoder.state_dict()) == set(OFFICIAL) - decoder
+
+
+def test_features_are_those_of_timm():
+    timm = pytest.importorskip("timm")
+    encoder = small_model().encoder().eval()
+    for p in encoder.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator())
+    other = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool=""
+    ).eval()
+    other.load_state_dict(encoder.state_dict(), strict=True)
+    images = torch.rand(3, 3, 16, 16)
+    tokens = other(images)  # (3, 17, 32)
+    assert torch.allclose(encoder(images), torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-5)
+
+
+def test_attention_is_that_of_the_formula():
+    torch.manual_seed(0)
+    attention, x = mae.Attention(8, 2), torch.randn(2, 5, 8)
+    q, k, v = attention.qkv(x).chunk(3, dim=2)  # (2, 5, 8) each, four channels a head
+    heads = []
+    for c in (slice(0, 4), slice(4, 8)):
+        weights = (q[:, :, c] @ k[:, :, c].mT / math.sqrt(4)).softmax(2)
+        heads.append(weights @ v[:, :, c])
+    assert torch.allclose(attention(x), attention.proj(torch.cat(heads, 2)), atol=1e-6)
+
+
+def test_positions_are_sines_and_cosines_of_column_and_row():
+    D, side = 8, 3
+    positions = mae.sincos_positions(side, D)
+    assert positions.shape == (1, 10, D) and (positions[0, 0] == 0).all()
+    for row in range(side):
+        for column in range(side):
+            expected = []
+            for place in (column, row):
+                angles = [place / 10000 ** (i / (D / 4)) for i in range(D // 4)]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert torch.allclose(positions[0, 1 + row * side + column], torch.tensor(expected), atol=1e-6)
+
+
+# --- Optimizer ------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_scale_with_the_batch_and_fall_from_block_to_block():
+    args = mae.parse_args(["--batch-size", "512"])
+    classifier = mae.Classifier(small_model().encoder(), 10)
+    optimizer, _ = mae.layerwise_adamw(classifier, 1e-3, 100, args, (0.9, 0.999), layer_decay=0.5)
+    rates = {id(p): (g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    encoder = classifier.encoder
+    for p, scale, decay in (
+        (classifier.head.weight, 1, 0.05),
+        (classifier.head.bias, 1, 0),
+        (classifier.fc_norm.weight, 1, 0),
+        (encoder.blocks[1].attn.qkv.weight, 0.5, 0.05),
+        (encoder.blocks[0].mlp.fc1.weight, 0.25, 0.05),
+        (encoder.blocks[0].norm1.bias, 0.25, 0),
+        (encoder.patch_embed.proj.weight, 0.125, 0.05),
+        (encoder.cls_token, 0.125, 0.05),
+    ):
+        assert rates[id(p)] == pytest.approx((2e-3 * scale, decay))
+    assert id(encoder.pos_embed) not in rates
+    optimizer, _ = mae.layerwise_adamw(small_model(), 1.5e-4, 100, args, (0.9, 0.95))
+    assert {g["initial_lr"] for g in optimizer.param_groups} == {3e-4} and len(optimizer.param_groups) == 2

@@ -1,15 +1,17 @@
 """A table of the lecture at the demo's budget: every row with several seeds, mean and deviation.
 
     python results/ablation.py moco                  table 1 of MoCo v2: MLP head, aug+, cosine schedule
-    python results/ablation.py moco --record results/moco-ablation.json
+    python results/ablation.py mae-mask-token        a column of MAE's design choices; the others are listed below
+    python results/ablation.py mae-mask-token --record results/mae-mask-token.json
 
-Each run is that of the bare script with the flags of its row, in runs/ablation-<table>-<row>-seed<seed>; what is
+Each run is that of the bare script with the flags of its row, in runs/ablation-<script>-<flags>-seed<seed>; what is
 finished there is not run again.
 """
 
 import argparse
 import importlib
 import json
+import re
 import statistics
 import sys
 import time
@@ -19,14 +21,55 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# table: script, and its rows: name, flags, and what the lecture's table has for it, in percent
+# table: script, flags of all rows, what is measured, and the rows: name, flags, and the lecture's numbers in percent
+LINEAR = ("linear_probe", "knn")
+BOTH = ("fine_tuned", "linear_probe")
 TABLES = {
-    "moco": ("moco", [
-        ("v1", "--no-mlp --no-aug-plus --no-cos", 60.6),
-        ("(a) MLP", "--mlp --no-aug-plus --no-cos", 66.2),
-        ("(b) aug+", "--no-mlp --aug-plus --no-cos", 63.4),
-        ("(c) MLP, aug+", "--mlp --aug-plus --no-cos", 67.3),
-        ("(d) MLP, aug+, cos", "--mlp --aug-plus --cos", 67.5),
+    "moco": ("moco", "", LINEAR, [
+        ("v1", "--no-mlp --no-aug-plus --no-cos", [60.6]),
+        ("(a) MLP", "--mlp --no-aug-plus --no-cos", [66.2]),
+        ("(b) aug+", "--no-mlp --aug-plus --no-cos", [63.4]),
+        ("(c) MLP, aug+", "--mlp --aug-plus --no-cos", [67.3]),
+        ("(d) MLP, aug+, cos", "--mlp --aug-plus --cos", [67.5]),
+    ]),
+    "mae-mask-ratio": ("mae", "--fine-tune", BOTH, [
+        ("25 %", "--mask-ratio 0.25", []),
+        ("50 %", "--mask-ratio 0.5", []),
+        ("75 %", "--mask-ratio 0.75", [84.9, 73.5]),
+        ("90 %", "--mask-ratio 0.9", []),
+    ]),
+    "mae-decoder-depth": ("mae", "--fine-tune", BOTH, [
+        ("1 block", "--decoder-depth 1", [84.8, 65.5]),
+        ("2 blocks", "--decoder-depth 2", [84.9, 70.0]),
+        ("4 blocks", "--decoder-depth 4", [84.9, 71.9]),
+        ("8 blocks", "--decoder-depth 8", [84.9, 73.5]),
+        ("12 blocks", "--decoder-depth 12", [84.4, 73.3]),
+    ]),
+    "mae-decoder-dim": ("mae", "--fine-tune", BOTH, [  # the lecture's 128 to 1024 beside an encoder of 1024, over 8
+        ("1/8", "--decoder-dim 32", [84.9, 69.1]),
+        ("1/4", "--decoder-dim 64", [84.8, 71.3]),
+        ("1/2", "--decoder-dim 96", [84.9, 73.5]),
+        ("1", "--decoder-dim 192", [84.3, 73.1]),
+    ]),
+    "mae-mask-token": ("mae", "--fine-tune", BOTH, [
+        ("encoder w/ [M]", "--encode-mask-tokens", [84.2, 59.6]),
+        ("encoder w/o [M]", "--no-encode-mask-tokens", [84.9, 73.5]),
+    ]),
+    "mae-target": ("mae", "--fine-tune", BOTH, [
+        ("pixel (w/o norm)", "--target pixel", [84.9, 73.5]),
+        ("pixel (w/ norm)", "--target norm-pixel", [85.4, 73.9]),
+    ]),
+    "mae-augment": ("mae", "--fine-tune", BOTH, [
+        ("none", "--augment none", [84.0, 65.7]),
+        ("crop, fixed size", "--augment crop-fixed", [84.7, 73.1]),
+        ("crop, rand size", "--augment crop", [84.9, 73.5]),
+        ("crop + color jit", "--augment crop-color", [84.3, 71.9]),
+    ]),
+    "mae-mask-sampling": ("mae", "--fine-tune", BOTH, [
+        ("random 75", "--mask-sampling random --mask-ratio 0.75", [84.9, 73.5]),
+        ("block 50", "--mask-sampling block --mask-ratio 0.5", [83.9, 72.3]),
+        ("block 75", "--mask-sampling block --mask-ratio 0.75", [82.8, 63.9]),
+        ("grid 75", "--mask-sampling grid --mask-ratio 0.75", [84.0, 66.0]),
     ]),
 }  # fmt: skip
 
@@ -38,34 +81,42 @@ def run(script, flags, out):
     return json.loads((out / "summary.json").read_text())
 
 
+def measured(summary, key):
+    """A number of the trained encoder, or of what was trained from it with all labels."""
+    return summary["trained"][key] if key in summary["trained"] else summary["semi_supervised"][0][key]
+
+
+def spread(values):
+    """Fractions of all seeds -> their mean and standard deviation, as text."""
+    return f"{statistics.mean(values):.1%} ± {statistics.stdev(values) if len(values) > 1 else 0:.1%}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args()
-    name, cases = TABLES[args.table]
+    name, common_flags, keys, cases = TABLES[args.table]
     script, rows = importlib.import_module(name), []
-    for number, (case, flags, lecture) in enumerate(cases):
-        row = {"case": case, "flags": flags, "lecture": lecture / 100}
-        folders = [Path(f"runs/ablation-{args.table}-{number}-seed{seed}") for seed in args.seeds]
+    for case, flags, lecture in cases:
+        row = {"case": case, "flags": flags, "lecture": [number / 100 for number in lecture]}
+        slug = re.sub("[^a-z0-9.]+", "-", flags)
+        folders = [Path(f"runs/ablation-{name}{slug}-seed{seed}") for seed in args.seeds]
         try:
             runs = [
-                run(script, [*flags.split(), "--seed", str(seed)], f)
+                run(script, [*f"{common_flags} {flags}".split(), "--seed", str(seed)], f)
                 for seed, f in zip(args.seeds, folders, strict=True)
             ]
         except script.UserError as error:
             sys.exit(f"error: {error}")
-        for key in ("linear_probe", "knn"):
-            row[key] = [summary["trained"][key] for summary in runs]
+        for key in keys:
+            row[key] = [measured(summary, key) for summary in runs]
         rows.append(row)
-    print(f"\n{'':24}{'lecture':>10}{'linear probe':>18}{'kNN':>18}")
+    print(f"\n{'':24}{'lecture':>16}" + "".join(f"{key:>18}" for key in keys))
     for row in rows:
-        cells = (
-            f"{statistics.mean(v):.1%} ± {statistics.stdev(v) if len(v) > 1 else 0:.1%}"
-            for v in (row["linear_probe"], row["knn"])
-        )
-        print(f"{row['case']:24}{row['lecture']:>10.1%}" + "".join(f"{cell:>18}" for cell in cells))
+        lecture = " / ".join(f"{number:.1%}" for number in row["lecture"])
+        print(f"{row['case']:24}{lecture:>16}" + "".join(f"{spread(row[key]):>18}" for key in keys))
     if args.record:
         record = {
             "command": " ".join(["python", *sys.argv]),

@@ -29,6 +29,6 @@ def test_the_table_of_moco(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "31.0% ± 1.4%" in out and "15.5% ± 0.7%" in out and "67.5%" in out
     rows = json.loads(Path("table.json").read_text())["rows"]
-    assert rows[4]["linear_probe"] == [0.3, 0.32] and rows[0]["lecture"] == 0.606
+    assert rows[4]["linear_probe"] == [0.3, 0.32] and rows[0]["lecture"] == [0.606]
     runpy.run_path(str(ABLATION), run_name="__main__")
     assert len(ran) == 10  # nothing is run again

@@ -1,11 +1,19 @@
 """mae.py: patches, masks, the loss, what the encoder sees, official names, and whole runs on shapes."""
 
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
+import common
 import mae
+
+ROOT = Path(__file__).parent.parent
 
 
 def generator(seed=0):
@@ -131,7 +139,7 @@ def test_the_encoder_works_on_as_many_tokens_as_there_are_visible_patches(ratio,
 
 
 def test_mask_tokens_take_the_places_of_removed_patches():
-    """A decoder without blocks: a prediction is a function of its own token, and of its position, which we take away."""
+    """Without blocks and positions, a decoder predicts each patch from its own token alone."""
     model, noise = small_model(), torch.rand(2, 16, generator=generator())
     model.decoder_blocks = torch.nn.ModuleList()
     model.decoder_pos_embed.data.zero_()
@@ -237,3 +245,148 @@ def test_learning_rates_scale_with_the_batch_and_fall_from_block_to_block():
     assert id(encoder.pos_embed) not in rates
     optimizer, _ = mae.layerwise_adamw(small_model(), 1.5e-4, 100, args, (0.9, 0.95))
     assert {g["initial_lr"] for g in optimizer.param_groups} == {3e-4} and len(optimizer.param_groups) == 2
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def tiny_run(data, out, *flags):
+    """main on a few shapes, in two short epochs of large patches."""
+    flags = "--eval-every", "1", "--patch-size", "8", "--epochs", "2", "--batch-size", "32", *flags
+    return mae.main(mae.parse_args(["--dataset", str(data), "--encoder", "small", "--out", str(out), *flags]))
+
+
+def test_files_of_a_run_and_resume(few_shapes, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    save = mae.Run.save
+
+    def killed(run, epoch, parts):
+        if epoch == 2:
+            raise Killed
+        save(run, epoch, parts)
+
+    unbroken = tiny_run(few_shapes, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mae.Run, "save", killed)
+        tiny_run(few_shapes, tmp_path / "run")
+    summary = tiny_run(few_shapes, tmp_path / "run", "--resume")
+    assert summary["resumed_at_epoch"] == 1 and summary["method"] == "mae"
+    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names | {"reconstruction.png", "reconstruction.pt"}
+    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("run", "unbroken"))
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    assert summary["trained"] == unbroken["trained"] and summary["untrained"] == unbroken["untrained"]
+    accuracies = {"knn", "linear_probe", "knn_class_token", "linear_probe_class_token"}
+    assert set(summary["trained"]) == set(summary["untrained"]) == accuracies
+    assert "knn" in summary["history"][0] and summary["history"][0]["loss"] > 0
+    sheets = [(tmp_path / n / "reconstruction.png").read_bytes() for n in ("run", "unbroken")]
+    assert sheets[0] == sheets[1]  # the resumed run shows the first epoch too
+    encoder = mae.VisionTransformer(32, 8, *mae.ENCODERS["small"])
+    encoder.load_state_dict(torch.load(tmp_path / "run/encoder.pt", weights_only=True))
+    assert encoder.state_dict().keys() < a.keys()
+
+
+def test_fine_tuned_against_trained_from_scratch(few_shapes, tmp_path, monkeypatch):
+    calls = []
+
+    def train_end_to_end(encoder, data, rows, args, layer_decay):
+        calls.append((encoder.state_dict(), len(rows), layer_decay))
+        return len(calls) / 100
+
+    monkeypatch.setattr(mae, "train_end_to_end", train_end_to_end)
+    summary = tiny_run(few_shapes, tmp_path / "run", "--labels", "3", "1.0", "--fine-tune", "--epochs", "1")
+    assert [(rows, layer_decay) for _, rows, layer_decay in calls] == [(30, 0.75), (30, 1.0), (200, 0.75), (200, 1.0)]
+    trained = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    torch.manual_seed(0)
+    scratch = mae.build_model(mae.parse_args(["--patch-size", "8"]), 32).encoder().state_dict()
+    for (weights, *_), expected in zip(calls, (trained, scratch) * 2, strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    row = summary["semi_supervised"][1]
+    assert row["labels"] == 200 and row["fine_tuned"] == 0.03 and row["from_scratch"] == 0.04
+    assert row["linear_probe"] == summary["trained"]["linear_probe"]
+
+
+def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was():
+    data = common.load_dataset("shapes")
+    rows = torch.arange(64)
+    data.train_labels[:] = 3
+    data.train_labels[rows] = torch.arange(64) % 2
+    data.test_images, data.test_labels = data.train_images[rows], data.train_labels[rows]
+    args = mae.parse_args(["--patch-size", "8", "--fine-tune-epochs", "4", "--batch-size", "64", "--augment", "none"])
+    encoder = mae.build_model(args, 32).encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert mae.train_end_to_end(encoder, data, rows, args, 1.0) > 0.9  # by heart
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_augmentations_of_the_table(monkeypatch):
+    images = common.load_dataset("shapes").train_images[:64]
+    views = {
+        name: mae.augmented(images, mae.parse_args(["--augment", name]), generator())
+        for name in ("none", "crop-fixed", "crop", "crop-color")
+    }
+    assert torch.equal(views["none"], images / 255)
+    assert all(x.shape == images.shape and 0 <= x.min() and x.max() <= 1 for x in views.values())
+    unmoved = [(views["crop-fixed"] - x).abs().amax((1, 2, 3)) < 1e-6 for x in (images / 255, images.flip(3) / 255)]
+    assert sum(unmoved).sum() < 5  # one of 81 places is the old one
+    assert torch.equal(views["crop"], common.random_resized_crop(images / 255, 32, generator(), (0.5, 1.0)))
+    assert not torch.equal(views["crop-color"], views["crop"])
+
+
+def test_a_reconstruction_shows_the_visible_patches_and_the_models_own_others():
+    images = common.load_dataset("shapes").train_images[:4]
+    for target in ("pixel", "norm-pixel"):
+        args = mae.parse_args(["--target", target])
+        model = mae.build_model(args, 32)
+        masked, completed = mae.reconstruct(model, images, args)
+        hidden = (mae.patchify(masked, 4) == 0.5).all(2)  # (4, 64)
+        assert (hidden.sum(1) == 48).all()
+        patches, original = mae.patchify(completed, 4), mae.patchify(images / 255, 4)
+        assert torch.allclose(patches[~hidden], original[~hidden], atol=1e-6)
+        model.decoder_pred.weight.data.zero_()  # predicts 0: the mean of the data, or of each patch
+        patches = mae.patchify(mae.reconstruct(model, images, args)[1], 4)
+        if target == "pixel":
+            assert torch.allclose(patches[hidden].view(-1, 16, 3), torch.tensor(common.MEAN), atol=1e-6)
+        else:  # one value in normalised pixels
+            x = common.normalize(mae.unpatchify(patches, 4))
+            mean = mae.patchify(common.normalize(images / 255), 4).mean(2, keepdim=True)
+            assert torch.allclose(mae.patchify(x, 4)[hidden], mean.expand(-1, -1, 48)[hidden], atol=1e-4)
+
+
+def test_plain_pictures_are_pretrained_on(tmp_path):
+    (tmp_path / "album").mkdir()
+    for i, image in enumerate(common.load_dataset("shapes").train_images[:40]):
+        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i}.png")
+    summary = tiny_run(tmp_path / "album", tmp_path / "run", "--data-dir", str(tmp_path / "cache"), "--epochs", "1")
+    assert summary["trained"] == summary["untrained"] == {}
+    assert Image.open(tmp_path / "run/reconstruction.png").width > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--patch-size", "5"], "--patch-size 5: does not divide pictures of 32 x 32"),
+        (["--mask-ratio", "1"], "--mask-ratio 1.0: must be from 0.01 to 0.99"),
+        (["--mask-ratio", "0.01", "--patch-size", "16"], "--mask-ratio 0.01: must remove one of the 4 patches"),
+        (["--decoder-dim", "100"], "--decoder-dim 100: must be a multiple of 32"),
+        (["--target", "dvae"], "--target: invalid choice: 'dvae'"),
+        (["--layer-decay", "0"], "--layer-decay 0.0: must be from 0.01 to 1"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mae.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "mae.py"), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and message in line and list(tmp_path.iterdir()) == []
+
+
+def test_recipes_and_help(capsys):
+    for recipe in mae.RECIPES:
+        mae.parse_args(["--dataset", *recipe.split()])  # every value in its range
+    with pytest.raises(SystemExit):
+        mae.parse_args(["--help"])
+    assert "--mask-ratio" in capsys.readouterr().out

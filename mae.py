@@ -90,19 +90,20 @@ class Args:
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
 LARGE = dict(encoder="vit_small", patch_size=8, decoder_dim=256, epochs=200, batch_size=256)
-SMALL = dict(patch_size=4, decoder_depth=1, decoder_dim=64, epochs=8, batch_size=128, lr=2e-3, fine_tune_epochs=10,
-             eval_every=2)  # fmt: skip
+SMALL = dict(patch_size=4, decoder_depth=2, decoder_dim=64, target="pixel", epochs=5, batch_size=64, lr=6e-3,
+             fine_tune_epochs=4, fine_tune_lr=4e-3, eval_every=5)  # fmt: skip
 RECIPES = {
-    "shapes": SMALL | dict(encoder="small", epochs=20, crop=0.5, eval_every=5),
+    "shapes": SMALL | dict(encoder="small", epochs=9, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3,
+                           eval_every=9),
     "cifar10": dict(),
     "cifar10 --encoder small": SMALL,
     "cifar100": dict(),
     "cifar100 --encoder small": SMALL,
     "stl10": LARGE,
-    "stl10 --encoder small": SMALL | dict(image_size=32, epochs=4, eval_every=1),
+    "stl10 --encoder small": SMALL | dict(image_size=32, epochs=2),
     "path": LARGE,
     "path --encoder small": SMALL | dict(image_size=32, epochs=20),
-}
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -374,7 +375,7 @@ class MaskedAutoencoder(VisionTransformer):
 
 
 ENCODERS = {  # width D, blocks, heads
-    "small": (128, 4, 4),
+    "small": (96, 4, 3),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),
@@ -471,9 +472,7 @@ def pretrain(model, images, args, run, monitor):
         loss = run.mean_loss(losses, epoch)  # the one wait for the device in an epoch
         seconds = time.perf_counter() - start
         metrics = {"loss": loss, "images_per_second": steps * N / seconds}
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            metrics |= monitor(epoch)
-        run.log(epoch, metrics | {"seconds": seconds})
+        run.log(epoch, metrics | monitor(epoch) | {"seconds": seconds})
         run.save(epoch, parts)
 
 
@@ -765,18 +764,16 @@ def reconstruct(model, images, args):
 
 
 def save_reconstruction(run, epoch, model, images, args):
-    """reconstruction.png: pictures masked, completed after three or four of the epochs so far, and as they are.
+    """reconstruction.png: pictures masked, completed after this and earlier epochs, and as they are.
 
-    What was drawn before is kept in reconstruction.pt, so that a resumed run shows it too.
+    The earlier ones are kept in reconstruction.pt, so that a resumed run shows them too.
     """
     masked, completed = reconstruct(model, images, args)
     path = run.folder / "reconstruction.pt"
-    before = torch.load(path, weights_only=True) if path.exists() and epoch > 0 else {}
-    drawn = {e: picture for e, picture in before.items() if e < epoch} | {epoch: completed.cpu()}
+    before = torch.load(path, weights_only=True) if path.exists() else {}
+    drawn = {e: x for e, x in before.items() if e < epoch} | {epoch: completed.cpu()}
     run.write(path.name, drawn)
-    every = max(1, len(drawn) // 4)
-    chosen = list(drawn)[::-1][::every][::-1]
-    blocks = [("masked", masked)] + [(f"epoch {e}", drawn[e]) for e in chosen] + [("picture", images / 255)]
+    blocks = [("masked", masked)] + [(f"epoch {e}", x) for e, x in drawn.items()] + [("picture", images / 255)]
     save_sheet(run.folder / "reconstruction.png", [(title, x[:, None]) for title, x in blocks])
 
 
@@ -856,9 +853,11 @@ def main(args):
     shown = (data.test_images if data.classes else data.train_images)[:8].to(device)
 
     def monitor(epoch):
-        """reconstruction.png; kNN of a tenth of the training pictures among the rest: what recipes are chosen by."""
-        save_reconstruction(run, epoch, model, shown, args)
-        if not data.classes:
+        """reconstruction.png after epochs 1, 2, 4, 8 and so on; at times the kNN of a tenth of the training pictures
+        among the rest, which recipes are chosen by."""
+        if epoch & (epoch - 1) == 0 or epoch == args.epochs:
+            save_reconstruction(run, epoch, model, shown, args)
+        if not data.classes or (epoch % args.eval_every and epoch < args.epochs):
             return {}
         labels, held = data.train_labels, torch.arange(len(data.train_labels), device=device) % 10 == 0
         h = features(model.encoder(), data.train_images[: len(labels)])[:, 1]

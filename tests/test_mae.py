@@ -163,7 +163,7 @@ def official_block(D):
     }  # fmt: skip
 
 
-OFFICIAL = {  # mae_pretrain_vit_base_full.pth: patches of 16 of 224 pixels, 12 blocks and 8 in the decoder
+OFFICIAL = {  # mae_visualize_vit_base.pth: patches of 16 of 224 pixels, 12 blocks and 8 in the decoder
     "cls_token": (1, 1, 768), "pos_embed": (1, 197, 768), "mask_token": (1, 1, 512),
     "patch_embed.proj.weight": (768, 3, 16, 16), "patch_embed.proj.bias": (768,),
     **{f"blocks.{i}.{name}": shape for i in range(12) for name, shape in official_block(768).items()},
@@ -305,7 +305,7 @@ def test_fine_tuned_against_trained_from_scratch(few_shapes, tmp_path, monkeypat
         assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     row = summary["semi_supervised"][1]
     assert row["labels"] == 200 and row["fine_tuned"] == 0.03 and row["from_scratch"] == 0.04
-    assert row["linear_probe"] == summary["trained"]["linear_probe"]
+    assert {"knn", "linear_probe"} < set(row)
 
 
 def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was():
@@ -361,7 +361,8 @@ def test_plain_pictures_are_pretrained_on(tmp_path):
         torchvision.utils.save_image(image / 255, tmp_path / f"album/{i}.png")
     summary = tiny_run(tmp_path / "album", tmp_path / "run", "--data-dir", str(tmp_path / "cache"), "--epochs", "1")
     assert summary["trained"] == summary["untrained"] == {}
-    assert Image.open(tmp_path / "run/reconstruction.png").width > 200
+    with Image.open(tmp_path / "run/reconstruction.png") as sheet:
+        assert sheet.width > 200
 
 
 @pytest.mark.parametrize(

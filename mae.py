@@ -65,7 +65,7 @@ class Args:
     mask_sampling: str = flag("random", "paper: random is best", choices=("random", "block", "grid"))
     encode_mask_tokens: bool = flag(False, "let the encoder see mask tokens too; paper: costs 14 points and 3.3x")
     decoder_depth: int = flag(4, "blocks; paper: 8", 1, 32)
-    decoder_dim: int = flag(192, "width, a multiple of 32; paper: 512", 32, 2048)
+    decoder_dim: int = flag(192, "width; its attention heads are 32 wide; paper: 512", 4, 2048)
     target: str = flag("norm-pixel", "pixels, or each patch's by its mean and deviation; paper: norm-pixel is best",
                        choices=("pixel", "norm-pixel"))  # fmt: skip
     augment: str = flag("crop", "paper: crop; fixed is a shift", choices=("none", "crop-fixed", "crop", "crop-color"))
@@ -93,8 +93,8 @@ LARGE = dict(encoder="vit_small", patch_size=8, decoder_dim=256, epochs=200, bat
 SMALL = dict(patch_size=4, decoder_depth=2, decoder_dim=64, target="pixel", epochs=5, batch_size=64, lr=6e-3,
              fine_tune_epochs=4, fine_tune_lr=4e-3, eval_every=5)  # fmt: skip
 RECIPES = {
-    "shapes": SMALL | dict(encoder="small", epochs=9, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3,
-                           eval_every=9),
+    "shapes": SMALL | dict(encoder="small", epochs=11, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3,
+                           eval_every=11),
     "cifar10": dict(),
     "cifar10 --encoder small": SMALL,
     "cifar100": dict(),
@@ -167,7 +167,7 @@ def mask_noise(sampling, count, side, mask_ratio, generator):
     """Noise (count, side * side), of which random_masking removes the patches with the largest: the lecture's (f).
 
     random: uniform. grid: keeps one patch of every 2 x 2 first. block: removes rectangles, as BEiT does, each of at
-    least 8 % of the picture, one after the other until enough is gone.
+    least 8 % of the picture, one after the other until enough is gone, and of the last one a part.
     """
     noise = common.uniform(0, 1, (count, side * side), generator)
     if sampling == "grid":
@@ -383,6 +383,20 @@ ENCODERS = {  # width D, blocks, heads
 }
 
 
+def build_model(args, image_size):
+    """The autoencoder of these arguments. Raises UserError where its sizes do not fit together."""
+    L = (image_size // args.patch_size) ** 2
+    if image_size % args.patch_size:
+        raise UserError(f"--patch-size {args.patch_size}: does not divide pictures of {image_size} x {image_size}")
+    if not 0 < round(args.mask_ratio * L) < L:
+        raise UserError(f"--mask-ratio {args.mask_ratio}: must remove one of the {L} patches, and leave one")
+    heads = max(1, args.decoder_dim // 32)
+    if args.decoder_dim % 4 or args.decoder_dim % heads:
+        raise UserError(f"--decoder-dim {args.decoder_dim}: must be a multiple of 4 and of its {heads} attention heads")
+    return MaskedAutoencoder(image_size, args.patch_size, *ENCODERS[args.encoder], args.decoder_dim,
+                             args.decoder_depth, heads, args.encode_mask_tokens)  # fmt: skip
+
+
 # === Loss ===========================================================================================================
 
 
@@ -419,10 +433,10 @@ def warmup_cosine(step, steps, warmup):
 
 
 def layerwise_adamw(model, lr, steps, args, betas, layer_decay=1.0):
-    """AdamW that decays matrices alone, norms and biases having one dimension; and its learning rate.
+    """AdamW that decays all but norms and biases, which have one dimension; and its learning rate, lr at its peak.
 
-    lr is for 256 pictures a step (paper, appendix A.1). With layer_decay each block has that share of the learning rate
-    of the one above it, from the head down to the patches (paper, table 9; Bao et al. 2022, BEiT).
+    With layer_decay each block has that share of the learning rate of the one above it, from the head down to the
+    patches (paper, table 9; Bao et al. 2022, BEiT).
     """
     groups, depth = {}, len(model.encoder.blocks) if layer_decay < 1 else 0
     for name, p in model.named_parameters():
@@ -433,7 +447,7 @@ def layerwise_adamw(model, lr, steps, args, betas, layer_decay=1.0):
             groups.setdefault((scale, p.ndim > 1), []).append(p)
     optimizer = torch.optim.AdamW(
         [
-            {"params": parameters, "lr": lr * args.batch_size / 256 * scale, "weight_decay": args.weight_decay * decays}
+            {"params": parameters, "lr": lr * scale, "weight_decay": args.weight_decay * decays}
             for (scale, decays), parameters in groups.items()
         ],
         betas=betas,
@@ -447,7 +461,7 @@ def pretrain(model, images, args, run, monitor):
     """Learns to reconstruct images, uint8 (M, 3, S, S). There are no labels here; monitor(epoch) -> metrics."""
     device, N, S = next(model.parameters()).device, args.batch_size, images.shape[3]
     steps = len(images) // N  # an epoch leaves out an incomplete last batch
-    optimizer, schedule = layerwise_adamw(model, args.lr, args.epochs * steps, args, betas=(0.9, 0.95))
+    optimizer, schedule = layerwise_adamw(model, args.lr * N / 256, args.epochs * steps, args, betas=(0.9, 0.95))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     generator = torch.Generator(device)
     for epoch in range(run.restore(parts) + 1, args.epochs + 1):
@@ -693,7 +707,7 @@ def train_end_to_end(encoder, data, rows, args, layer_decay):
     steps, per_pass = args.fine_tune_epochs * max(1, len(data.train_labels) // args.batch_size), len(rows) // N
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(data.classes)).to(device).train()
-    optimizer, schedule = layerwise_adamw(model, args.fine_tune_lr, steps, args, (0.9, 0.999), layer_decay)
+    optimizer, schedule = layerwise_adamw(model, args.fine_tune_lr * N / 256, steps, args, (0.9, 0.999), layer_decay)
     generator = torch.Generator(device).manual_seed(args.seed)
     for _ in range(math.ceil(steps / per_pass)):
         order = rows[torch.randperm(len(rows), generator=generator, device=device)]
@@ -810,19 +824,6 @@ def print_table(rows):
         print("".join(f"{cell:>{max(14, len(key) + 2)}}" for cell, key in zip(cells, row, strict=True)))
 
 
-def build_model(args, image_size):
-    """The autoencoder of these arguments. Raises UserError where its sizes do not fit together."""
-    L = (image_size // args.patch_size) ** 2
-    if image_size % args.patch_size:
-        raise UserError(f"--patch-size {args.patch_size}: does not divide pictures of {image_size} x {image_size}")
-    if not 0 < round(args.mask_ratio * L) < L:
-        raise UserError(f"--mask-ratio {args.mask_ratio}: must remove one of the {L} patches, and leave one")
-    if args.decoder_dim % 32:
-        raise UserError(f"--decoder-dim {args.decoder_dim}: must be a multiple of 32, the width of an attention head")
-    return MaskedAutoencoder(image_size, args.patch_size, *ENCODERS[args.encoder], args.decoder_dim,
-                             args.decoder_depth, args.decoder_dim // 32, args.encode_mask_tokens)  # fmt: skip
-
-
 def main(args):
     """Loads, measures the untrained encoder, pretrains, measures again -> the content of summary.json."""
     start = time.perf_counter()
@@ -850,7 +851,10 @@ def main(args):
         model.compile()
         common.compile_operators()
     untrained, _ = evaluate(scratch, data)
-    shown = (data.test_images if data.classes else data.train_images)[:8].to(device)
+    shown = data.train_images[:8].to(device)
+    if data.classes:  # a test picture of each class
+        first = [(data.test_labels == label).nonzero()[0, 0].item() for label in data.test_labels.unique()[:10]]
+        shown = data.test_images[first].to(device)
 
     def monitor(epoch):
         """reconstruction.png after epochs 1, 2, 4, 8 and so on; at times the kNN of a tenth of the training pictures

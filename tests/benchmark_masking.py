@@ -26,7 +26,7 @@ def trainer(args, images, device):
     model = mae.build_model(args, S).to(device).train()
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
-    optimizer, _ = mae.layerwise_adamw(model, args.lr, 1, args, betas=(0.9, 0.95))
+    optimizer, _ = mae.layerwise_adamw(model, args.lr * N / 256, 1, args, betas=(0.9, 0.95))
     generator = torch.Generator(device).manual_seed(0)
 
     def step():

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import mae
 import moco
 
 ABLATION = Path(__file__).parent.parent / "results/ablation.py"
@@ -32,3 +33,33 @@ def test_the_table_of_moco(tmp_path, monkeypatch, capsys):
     assert rows[4]["linear_probe"] == [0.3, 0.32] and rows[0]["lecture"] == [0.606]
     runpy.run_path(str(ABLATION), run_name="__main__")
     assert len(ran) == 10  # nothing is run again
+
+
+def test_a_table_of_mae(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def main(args):
+        ran.append((args.fine_tune, args.encode_mask_tokens, args.seed))
+        Path(args.out).mkdir(parents=True)
+        score = 0.3 - args.encode_mask_tokens / 10 + args.seed / 100
+        trained, few = {"linear_probe": score, "knn": 0}, [{"labels": 9, "linear_probe": 0, "fine_tuned": score + 0.4}]
+        summary = {"trained": trained, "semi_supervised": few, "device": "cpu"}
+        (Path(args.out) / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mae, "main", main)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "mae-mask-token", "--seeds", "0", "2"])
+    runpy.run_path(str(ABLATION), run_name="__main__")
+    assert ran == [(True, True, 0), (True, True, 2), (True, False, 0), (True, False, 2)]
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.split("  ")[0] == "encoder w/o [M]" and "84.9% / 73.5%" in row
+    assert row.index("71.0% ± 1.4%") < row.index("31.0% ± 1.4%")  # fine-tuned first, as in the lecture
+
+
+def test_every_row_of_every_table_is_a_run():
+    for name, flags, _, cases in runpy.run_path(str(ABLATION))["TABLES"].values():
+        script = {"moco": moco, "mae": mae}[name]
+        for _, row_flags, _ in cases:
+            args = script.parse_args(f"{flags} {row_flags}".split())
+            if script is mae:
+                mae.build_model(args, 32)

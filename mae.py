@@ -16,6 +16,12 @@ sees whole pictures.
     python mae.py --dataset path/to/pictures            pictures of your own, see README.md
     python mae.py --fine-tune                           MAE's own measure: fine-tuned, against trained from scratch
     python results/ablation.py mae-mask-ratio           a column of the lecture's ablation table
+
+Linear probe on test of the mean of the patch tokens, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1;
+records in results/):
+
+    shapes                       18.7 -> 46.6 %, 21.6 -> 45.9 %, 19.2 -> 41.9 % with seeds 0, 1, 2; 126 to 137 s
+    cifar10 --encoder small      42.7 -> 50.3 % with seed 0; 12 minutes
 """
 
 import argparse
@@ -704,12 +710,14 @@ def train_end_to_end(encoder, data, rows, args, layer_decay):
     pretraining, labels are smoothed by 0.1; the paper's mixup, cutmix, RandAugment and drop path are left out.
     """
     device, N = data.train_labels.device, min(args.batch_size, len(rows))
-    steps, per_pass = args.fine_tune_epochs * max(1, len(data.train_labels) // args.batch_size), len(rows) // N
+    steps = args.fine_tune_epochs * max(1, len(data.train_labels) // args.batch_size)
+    passes = math.ceil(steps / (len(rows) // N))
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(data.classes)).to(device).train()
-    optimizer, schedule = layerwise_adamw(model, args.fine_tune_lr * N / 256, steps, args, (0.9, 0.999), layer_decay)
+    lr, steps = args.fine_tune_lr * N / 256, passes * (len(rows) // N)
+    optimizer, schedule = layerwise_adamw(model, lr, steps, args, (0.9, 0.999), layer_decay)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for _ in range(math.ceil(steps / per_pass)):
+    for _ in range(passes):
         order = rows[torch.randperm(len(rows), generator=generator, device=device)]
         for index, batch in zip(order.split(N), common.batches(data.train_images, order, N, device), strict=False):
             x = network_input(augmented(batch, args, generator))
@@ -760,7 +768,7 @@ def reconstruct(model, images, args):
     """Some pictures, uint8 (R, 3, S, S), masked and as the model completes them: both float (R, 3, S, S) in [0, 1].
 
     The visible patches are those of the picture. A normalised target says nothing of a patch's mean and deviation, so
-    these are taken from the picture, as in the paper's own figures.
+    these are taken from the picture, for the eye alone.
     """
     p, (R, _, S, _) = args.patch_size, images.shape
     generator = torch.Generator(images.device).manual_seed(args.seed)

@@ -79,13 +79,13 @@ class Args:
     epochs: int = flag(400, "passes over the training pictures; paper: 800 in the table, up to 1600", 1)
     batch_size: int = flag(512, "pictures N a step; paper: 4096", 2)
     lr: float = flag(1.5e-4, "peak learning rate of AdamW for 256 pictures a step, times N / 256; paper: 1.5e-4", 0)
-    weight_decay: float = flag(0.05, "of weight matrices, neither of norms nor of biases; paper: 0.05", 0)
+    weight_decay: float = flag(0.05, "of weights and tokens, neither of norms nor of biases; paper: 0.05", 0)
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises; paper: 40 epochs of 800", 0, 0.9)
     labels: list = flag((), "probe with few labels too: shares of each class up to 1, or numbers a class", 0, free=True)
     fine_tune: bool = flag(False, "with these labels, also fine-tune, and train from scratch", free=True)
-    fine_tune_epochs: int = flag(100, "of both, in passes over all labels; paper: 100 for vit_base", 1, free=True)
-    fine_tune_lr: float = flag(1e-3, "of both, for 256 pictures a step; paper: 1e-3", 0, free=True)
-    layer_decay: float = flag(0.75, "factor on it from a block to the one below; paper: 0.75", 0.01, 1, free=True)
+    fine_tune_epochs: int = flag(100, "passes over all labels, from scratch too; paper: 100 or 50", 1, free=True)
+    fine_tune_lr: float = flag(1e-3, "learning rate of both for 256 pictures, times N / 256; paper: 1e-3", 0, free=True)
+    layer_decay: float = flag(0.75, "its factor from a block to the one below; paper: 0.75", 0.01, 1, free=True)
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training pictures", 1, free=True)
     seed: int = flag(0, "fixes initial weights, batches, masks, crops and the choice of labels", 0, 2**31)
     device: str = flag("auto", "auto: cuda, else mps, else cpu", free=True)
@@ -327,7 +327,7 @@ def random_masking(tokens, mask_ratio, noise):
 
 
 class MaskedAutoencoder(VisionTransformer):
-    """Encoder and decoder: images (B, 3, S, S), noise (B, L) -> predicted patches (B, L, 3 p p), mask (B, L).
+    """Encoder and decoder: images (B, 3, S, S), ratio, noise (B, L) -> predicted patches (B, L, 3 p p), mask (B, L).
 
     With encode_mask_tokens the encoder gets a mask token in the place of every removed patch, as in BERT: the lecture's
     table (c). Otherwise it gets the visible patches alone, and mask tokens come in before the decoder.
@@ -781,8 +781,8 @@ def reconstruct(model, images, args):
         prediction = prediction * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (common.MEAN, common.STD))
     pasted = unpatchify(torch.where(mask == 1, prediction, patches), p) * std + mean
-    gray = unpatchify(mask.expand_as(patches), p)
-    return torch.where(gray == 1, 0.5, images / 255), pasted.clamp(0, 1)
+    hidden = unpatchify(mask.expand_as(patches), p) == 1
+    return torch.where(hidden, 0.5, images / 255), pasted.clamp(0, 1)
 
 
 def save_reconstruction(run, epoch, model, images, args):

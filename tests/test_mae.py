@@ -325,7 +325,7 @@ def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
-def test_augmentations_of_the_table(monkeypatch):
+def test_augmentations_of_the_table():
     images = common.load_dataset("shapes").train_images[:64]
     views = {
         name: mae.augmented(images, mae.parse_args(["--augment", name]), generator())

@@ -932,6 +932,8 @@ def main(args):
     M, _, S, _ = data.train_images.shape
     if args.batch_size > M:
         raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {M} training pictures")
+    if args.local_views and args.local_crop > args.crop:
+        raise UserError(f"--local-crop {args.local_crop}: must not be above --crop {args.crop}")
     amounts = args.labels or [1.0] * args.fine_tune
     if amounts and not data.classes:
         raise UserError(f"--labels and --fine-tune: {args.dataset} has no classes, no folders train/<class>")

@@ -22,6 +22,9 @@ LABELS = {
     "bound": "bound log(negatives + 1) - loss (nats)",
     "rotation": "rotations told right, training",
     "accuracy": "queries that find their key",
+    "entropy": "entropy of a teacher's target (nats)",
+    "entropy_of_mean": "entropy of a batch's mean target (nats)",
+    "kl": "KL divergence, teacher to student (nats)",
     "knn": "held-out kNN accuracy",
 }
 

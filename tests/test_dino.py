@@ -1,11 +1,21 @@
 """dino.py: the loss, the center, teacher and student, views, official names, pictures, and whole runs on shapes."""
 
+import json
 import math
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
+import common
 import dino
+
+ROOT = Path(__file__).parent.parent
 
 
 def generator(seed=0):
@@ -77,8 +87,6 @@ def test_entropies_tell_both_collapses_from_a_healthy_teacher():
 
 
 # --- Teacher and student --------------------------------------------------------------------------------------------
-
-SHORT = "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--eval-every", "1"  # on 200 shapes: 12 steps
 
 
 def small_model(*flags):
@@ -224,3 +232,187 @@ def test_positions_are_interpolated_for_other_sizes():
     small = encoder.positions(4)[0, 1:, 0].view(2, 2)
     assert torch.equal(encoder.positions(4)[:, 0], encoder.pos_embed[:, 0])
     assert torch.allclose(small[0], small[1]) and small[0, 0] < 1 < 2 < small[0, 1]  # rows alike, columns apart
+
+
+@pytest.mark.parametrize(
+    ("encoder", "D", "outputs"), [("small", 96, 192), ("vit_tiny", 192, 384), ("resnet18", 512, 512)]
+)
+def test_every_encoder_takes_views_of_both_sizes(encoder, D, outputs):
+    args = dino.parse_args(["--encoder", encoder, "--patch-size", "8", "--head-bn", "--out-dim", "16"])
+    model = dino.DINO(args)
+    assert model.student(torch.rand(4, 3, 32, 32), torch.rand(6, 3, 16, 16)).shape == (10, 16)
+    assert model.teacher.D == D and model.teacher.encoder(torch.rand(2, 3, 32, 32)).shape == (2, outputs)
+
+
+def test_the_stem_sees_neither_brightness_nor_contrast():
+    torch.manual_seed(0)
+    stem, x = dino.ConvStem(8, 16).eval(), torch.rand(2, 3, 32, 32)
+    assert stem(x).shape == (2, 16, 16) and stem(torch.rand(2, 3, 16, 16)).shape == (2, 4, 16)
+    shift = torch.tensor([1.0, -2.0, 3.0])[:, None, None]
+    assert torch.allclose(stem(x), stem(x + shift), atol=1e-4)
+    assert torch.allclose(stem(10 * x), stem(20 * x), atol=0.05)
+    left, right = stem(torch.cat([x[:, :, :, :16], 0.5 * torch.ones(2, 3, 32, 16)], 3)), stem(x)
+    assert not torch.allclose(left, right, atol=0.05)
+
+
+# --- Pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_principal_components_have_the_largest_variance_and_no_correlation():
+    x = logits(500, 6) * torch.tensor([1.0, 5, 2, 0.1, 3, 0.5]) + 7
+    components = dino.principal_components(x, 3)
+    assert components.shape == (500, 3) and components.mean(0).abs().max() < 1e-4
+    covariance = components.T.cov()
+    variances = covariance.diagonal()
+    assert torch.allclose(variances, torch.linalg.eigvalsh(x.T.cov()).flip(0)[:3], rtol=1e-4)
+    assert (covariance - variances.diag()).abs().max() < 1e-3
+
+
+def test_patches_of_a_background_are_black_and_the_same_parts_have_the_same_colour():
+    tokens = torch.zeros(3, 8, 8, 5) + 0.01 * logits(3, 8, 8, 5)
+    tokens[:, 2:6, 2:6, 0] += 10  # a thing in the middle
+    tokens[:, 2:4, 2:6, 1] += 2  # its upper part
+    tokens[:, 2:6, 2:4, 2] += 1  # its left part
+    colors = dino.pca_colors(tokens.flatten(1, 2)).view(3, 8, 8, 3)
+    thing = torch.zeros(8, 8, dtype=torch.bool)
+    thing[2:6, 2:6] = True
+    assert ((colors == 0).all(3) == ~thing).float().mean() > 0.98
+    upper, lower = colors[:, 2:4, 2:6].flatten(0, 2), colors[:, 4:6, 2:6].flatten(0, 2)
+    assert ((upper[:, 0] - lower[:, 0].mean()).abs() > 0.8).all() and upper[:, 0].std() < 0.1  # in all pictures
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def tiny_run(data, out, *flags):
+    """main on 200 shapes: two epochs of six steps, with two global and two local views."""
+    flags = "--epochs", "2", "--batch-size", "32", "--eval-every", "1", "--local-views", "2", *flags
+    return dino.main(dino.parse_args(["--dataset", str(data), "--encoder", "small", "--out", str(out), *flags]))
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+@pytest.mark.parametrize("step", [3, 9])  # of six an epoch: before and after the first checkpoint of an epoch
+def test_a_resumed_run_ends_where_an_unbroken_one_does(few_shapes, tmp_path, step):
+    calls, loss = [], dino.dino_loss
+
+    def dino_loss(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise Killed
+        return loss(*args)
+
+    flags = "--weight-decay-end", "0.4", "--center-momentum", "0.9"
+    unbroken = tiny_run(few_shapes, tmp_path / "unbroken", *flags)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(dino, "dino_loss", dino_loss)
+        tiny_run(few_shapes, tmp_path / "run", *flags)
+    summary = tiny_run(few_shapes, tmp_path / "run", "--resume", *flags)
+    assert summary["resumed_at_epoch"] == int(step == 9) and summary["trained"] == unbroken["trained"]
+    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("run", "unbroken"))
+    assert set(a["model"]) == set(b["model"]) and a["model"]["center"].abs().max() > 0
+    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+
+
+def test_files_of_a_run(few_shapes, tmp_path):
+    summary = tiny_run(few_shapes, tmp_path / "run")
+    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
+    pictures = {"views.png", "attention.png", "pca.png", "neighbours.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names | pictures
+    accuracies = {"knn", "linear_probe", "knn_class_token", "linear_probe_class_token"}
+    assert set(summary["trained"]) == set(summary["untrained"]) == accuracies and summary["method"] == "dino"
+    for line in summary["history"]:
+        assert line["loss"] == pytest.approx(line["entropy"] + line["kl"]) and line["kl"] > 0
+        assert 0 <= line["entropy"] <= line["entropy_of_mean"] <= math.log(256)
+    encoder = dino.VisionTransformer(32, 8, *dino.ENCODERS["small"])
+    encoder.load_state_dict(torch.load(tmp_path / "run/encoder.pt", weights_only=True))
+    teacher = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, teacher[f"teacher.encoder.{key}"]) for key, value in encoder.state_dict().items())
+
+
+def test_in_training_local_views_never_reach_the_teacher_and_the_last_layer_waits_an_epoch(few_shapes, tmp_path):
+    seen, last, decays = {"student": [], "teacher": []}, [], []
+    forward, save, step = dino.Network.forward, dino.Run.save, torch.optim.AdamW.step
+
+    def recorded(network, *views):
+        seen["student" if next(network.parameters()).requires_grad else "teacher"].append([len(x) for x in views])
+        return forward(network, *views)
+
+    def saved(run, epoch, parts):
+        last.append(parts["model"].student.head.last_layer.parametrizations.weight.original1.detach().clone())
+        save(run, epoch, parts)
+
+    def stepped(optimizer, *args, **kwargs):
+        decays.append([group["weight_decay"] for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dino.Network, "forward", recorded)
+        patch.setattr(dino.Run, "save", saved)
+        patch.setattr(torch.optim.AdamW, "step", stepped)
+        tiny_run(few_shapes, tmp_path / "run", "--weight-decay-end", "0.4")
+    assert seen["student"] == [[64, 64]] * 12  # two global views of 32 pictures, and two local ones
+    assert seen["teacher"] == [[64]] * (200 // 32 + 12)  # the center's start, and the steps
+    assert torch.equal(last[0], last[1]) and not torch.equal(last[1], last[2])
+    matrices, others = zip(*decays, strict=True)
+    assert matrices == pytest.approx([dino.cosine(0.04, 0.4, n / 12) for n in range(12)]) and set(others) == {0}
+
+
+def test_plain_pictures_are_pretrained_on(tmp_path):
+    (tmp_path / "album").mkdir()
+    for i, image in enumerate(common.load_dataset("shapes").train_images[:40]):
+        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i}.png")
+    summary = tiny_run(tmp_path / "album", tmp_path / "run", "--data-dir", str(tmp_path / "cache"), "--epochs", "1")
+    assert summary["trained"] == summary["untrained"] == {} and (tmp_path / "run/attention.png").exists()
+
+
+def test_a_resnet_has_one_kind_of_features_and_no_attention(few_shapes, tmp_path):
+    flags = "--encoder", "resnet18", "--epochs", "1", "--image-size", "16", "--patch-size", "8"
+    summary = tiny_run(few_shapes, tmp_path / "run", *flags)
+    assert set(summary["trained"]) == {"knn", "linear_probe"} and not (tmp_path / "run/attention.png").exists()
+    resnet = torchvision.models.resnet18()
+    weights = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    weights.pop("conv1.weight")  # the stem for small pictures
+    assert set(resnet.load_state_dict(weights, strict=False).missing_keys) == {"conv1.weight", "fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--patch-size", "5"], "--patch-size 5: does not divide pictures of 32 x 32"),
+        (["--local-views", "2", "--local-crop", "0.9"], "--local-crop 0.9: must not be above --crop 0.8"),
+        (["--teacher-temperature", "0"], "--teacher-temperature 0.0: must be at least 0.001"),
+        (["--momentum", "1.1"], "--momentum 1.1: must be from 0 to 1"),
+        (["--encoder", "vit_giant"], "--encoder: invalid choice: 'vit_giant'"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dino.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "dino.py"), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and message in line and list(tmp_path.iterdir()) == []
+
+
+def test_recipes_and_help(capsys):
+    for recipe in dino.RECIPES:
+        dino.parse_args(["--dataset", *recipe.split()])  # every value in its range
+    with pytest.raises(SystemExit):
+        dino.parse_args(["--help"])
+    assert "--teacher-temperature" in capsys.readouterr().out
+
+
+def test_copied_with_common_alone_it_learns_on_shapes(tmp_path):
+    for name in ("dino.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "-W", "error", "dino.py", "--epochs", "5", "--eval-every", "5", "--out", "run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stderr == ""
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.03
+    last = summary["history"][-1]
+    assert last["entropy_of_mean"] - last["entropy"] > 1  # no collapse

@@ -71,7 +71,7 @@ class Args:
     teacher_temperature_start: float = flag(0.04, "what it rises from; paper: 0.04", 0.001)
     teacher_warmup: float = flag(0.3, "share of the steps in which it rises; paper: 30 epochs of 100 to 800", 0, 1)
     centering: bool = flag(True, "subtract the center from the teacher's logits; without, one of them takes all")
-    center_momentum: float = flag(0.9, "of the center; 0: the mean of the last batch; paper: 0.9", 0, 1)
+    center_momentum: float = flag(0.9, "of the center; paper: 0.9", 0, 1)
     momentum: float = flag(0.996, "of the teacher, rising to 1; paper: 0.996 for 1024 pictures a step", 0, 1)
     local_views: int = flag(4, "small views, for the student alone; paper: 8 to 10", 0)
     crop: float = flag(0.4, "smallest share of a picture in a global view, largest in a local one; paper: 0.4", 0.01, 1)
@@ -100,17 +100,16 @@ class Args:
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
 IMAGENET = dict(encoder="vit_small", patch_size=8, out_dim=65536, local_views=8, local_crop=0.05, blur=True, epochs=100)
-SMALL = dict(patch_size=8, out_dim=256, hidden_dim=256, bottleneck_dim=64, head_bn=True, teacher_temperature=0.03,
-             teacher_temperature_start=0.02, center_momentum=0.0, momentum=0.98, local_views=0, crop=0.4, gray=0.5,
-             solarize=0.0, epochs=5, batch_size=64, lr=1.5e-3, weight_decay_end=0.04, eval_every=1)  # fmt: skip
+SMALL = dict(patch_size=8, out_dim=256, hidden_dim=256, bottleneck_dim=64, head_bn=True, momentum=0.98, local_views=0,
+             gray=0.5, solarize=0.5, epochs=8, batch_size=64, lr=1.5e-3, eval_every=2)  # fmt: skip
 RECIPES = {
-    "shapes": SMALL | dict(encoder="small", epochs=12, crop=0.8, eval_every=4),
+    "shapes": SMALL | dict(encoder="small", crop=0.8, epochs=12, eval_every=4),
     "cifar10": dict(),
     "cifar10 --encoder small": SMALL,
     "cifar100": dict(),
     "cifar100 --encoder small": SMALL,
     "stl10": IMAGENET,
-    "stl10 --encoder small": SMALL | dict(image_size=32, epochs=2),
+    "stl10 --encoder small": SMALL | dict(image_size=32, epochs=4, eval_every=1),
     "path": IMAGENET,
     "path --encoder small": SMALL | dict(image_size=32, epochs=20),
 }  # fmt: skip
@@ -478,33 +477,14 @@ def update_teacher(teacher, student, momentum):
     get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
 
-@torch.no_grad()
-def fill_center(model, images, args, count=1024):
-    """The center of the untrained teacher's logits of some pictures; the authors begin with zeros.
-
-    All pictures have much the same logits at first. A center that comes to that only after many steps leaves the
-    targets to one logit until then, and a short run does not recover from it.
-    """
-    device, N = model.center.device, args.batch_size
-    generator, total = torch.Generator(device).manual_seed(args.seed * 100_000), torch.zeros_like(model.center)
-    order = torch.randperm(len(images), generator=generator, device=device)[: max(N, count)]
-    for batch in common.batches(images, order, N, device):
-        with autocast(device):
-            logits = model.teacher(network_input(two_views(batch, args, generator)))  # (2N, K)
-        total += logits.float().mean(0) / (len(order) // N)
-    model.center.copy_(total)
-
-
 def pretrain(model, images, args, run, monitor):
     """The lecture's algorithm 1, with local views, on images, uint8 (M, 3, S, S). No labels; monitor() -> metrics."""
     device, N = model.center.device, args.batch_size
     steps = len(images) // N  # an epoch leaves out an incomplete last batch
     optimizer, schedule = adamw(model.student, args, args.epochs * steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    generator, done = torch.Generator(device), run.restore(parts)
-    if done == 0 and args.centering:
-        fill_center(model.train(), images, args)
-    for epoch in range(done + 1, args.epochs + 1):
+    generator = torch.Generator(device)
+    for epoch in range(run.restore(parts) + 1, args.epochs + 1):
         start = time.perf_counter()
         model.train()
         generator.manual_seed(args.seed * 100_000 + epoch)  # an epoch's draws depend on nothing before it
@@ -513,8 +493,7 @@ def pretrain(model, images, args, run, monitor):
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
             share = (epoch - 1 + step / steps) / args.epochs  # of the training that is done
             warm = min(1.0, share / args.teacher_warmup) if args.teacher_warmup else 1.0
-            rise = args.teacher_temperature - args.teacher_temperature_start
-            temperature = args.teacher_temperature_start + warm * rise
+            temperature = (1 - warm) * args.teacher_temperature_start + warm * args.teacher_temperature
             views = [network_input(x) for x in multi_crop(batch, args, generator)]
             with autocast(device):
                 s = model.student(*views)  # (V N, K)
@@ -783,8 +762,8 @@ def semi_supervised(scratch, encoder, data, h, rows, args):
 # === Pictures =======================================================================================================
 
 
-def enlarged(images, times=2):
-    """uint8 (R, 3, S, S) -> what an encoder takes, with more patches."""
+def enlarged(images, times):
+    """uint8 (R, 3, S, S) -> what an encoder takes, of times as many patches a side: a finer look than in training."""
     return network_input(F.interpolate(images / 255, scale_factor=times, mode="bicubic").clamp(0, 1))
 
 
@@ -842,14 +821,14 @@ def save_neighbours(path, data, before, after, count=6):
 def save_attention(path, images, before, after):
     """attention.png: pictures, uint8 (R, 3, S, S), and where the class token of each encoder looks in its last block.
 
-    Each head's map by itself, white where it is largest: the lecture's figure 1 of DINO.
+    Each map from black to white, where it is least and largest: the lecture's figure 1 of DINO.
     """
     S, blocks = images.shape[3], [("picture", images[:, None] / 255)]
     for title, encoder in (("before training", before), ("after training", after)):
-        maps = encoder.eval().attention(enlarged(images))  # (R, heads, L)
+        maps = encoder.eval().attention(enlarged(images, 4))  # (R, heads, L)
         side = math.isqrt(maps.shape[2])
-        maps = (maps / maps.amax(2, keepdim=True)).unflatten(2, (side, side))
-        maps = F.interpolate(maps, (S, S))  # (R, heads, S, S)
+        low, high = maps.amin(2, keepdim=True), maps.amax(2, keepdim=True)
+        maps = F.interpolate(((maps - low) / (high - low)).unflatten(2, (side, side)), (S, S))  # (R, heads, S, S)
         blocks.append((title, maps[:, :, None].expand(-1, -1, 3, -1, -1)))
     save_sheet(path, blocks)
 
@@ -885,7 +864,7 @@ def save_pca(path, images, before, after):
     """pca.png: pictures, uint8 (R, 3, S, S), and the principal components of their patches before and after."""
     S, blocks = images.shape[3], [("picture", images[:, None] / 255)]
     for title, encoder in (("before", before), ("after", after)):
-        colors = pca_colors(encoder.eval().tokens(enlarged(images))[:, 1:])  # (R, L, 3)
+        colors = pca_colors(encoder.eval().tokens(enlarged(images, 2))[:, 1:])  # (R, L, 3)
         side = math.isqrt(colors.shape[1])
         blocks.append((title, F.interpolate(colors.mT.unflatten(2, (side, side)), (S, S))[:, None]))
     save_sheet(path, blocks)
@@ -969,7 +948,10 @@ def main(args):
     trained, after = evaluate(model.teacher, data)
     few = [semi_supervised(scratch.encoder, encoder, data, after, rows, args) for rows in subsets]
     if isinstance(encoder, VisionTransformer):
-        shown = (data.test_images if data.classes else data.train_images)[:10].to(device)
+        shown = data.train_images[:10].to(device)
+        if data.classes:  # a test picture of each class
+            first = [(data.test_labels == label).nonzero()[0, 0].item() for label in data.test_labels.unique()[:10]]
+            shown = data.test_images[first].to(device)
         save_attention(run.folder / "attention.png", shown, scratch.encoder, encoder)
         save_pca(run.folder / "pca.png", shown, scratch.encoder, encoder)
     if data.classes:

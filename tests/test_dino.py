@@ -304,7 +304,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(few_shapes, tmp_path, ste
             raise Killed
         return loss(*args)
 
-    flags = "--weight-decay-end", "0.4", "--center-momentum", "0.9"
+    flags = "--teacher-temperature-start", "0.02", "--center-momentum", "0.5"
     unbroken = tiny_run(few_shapes, tmp_path / "unbroken", *flags)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(dino, "dino_loss", dino_loss)
@@ -353,9 +353,9 @@ def test_in_training_local_views_never_reach_the_teacher_and_the_last_layer_wait
         patch.setattr(dino.Network, "forward", recorded)
         patch.setattr(dino.Run, "save", saved)
         patch.setattr(torch.optim.AdamW, "step", stepped)
-        tiny_run(few_shapes, tmp_path / "run", "--weight-decay-end", "0.4")
+        tiny_run(few_shapes, tmp_path / "run")
     assert seen["student"] == [[64, 64]] * 12  # two global views of 32 pictures, and two local ones
-    assert seen["teacher"] == [[64]] * (200 // 32 + 12)  # the center's start, and the steps
+    assert seen["teacher"] == [[64]] * 12
     assert torch.equal(last[0], last[1]) and not torch.equal(last[1], last[2])
     matrices, others = zip(*decays, strict=True)
     assert matrices == pytest.approx([dino.cosine(0.04, 0.4, n / 12) for n in range(12)]) and set(others) == {0}
@@ -415,4 +415,4 @@ def test_copied_with_common_alone_it_learns_on_shapes(tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.03
     last = summary["history"][-1]
-    assert last["entropy_of_mean"] - last["entropy"] > 1  # no collapse
+    assert last["entropy_of_mean"] - last["entropy"] > 0.5  # 0 in a collapse

@@ -17,6 +17,14 @@ giving one answer to every picture is that the teacher's logits are centered, an
     python dino.py --dataset cifar10 --encoder small     a small ViT, on two CPU cores
     python dino.py --dataset path/to/pictures            pictures of your own, see README.md
     python dino.py --no-centering --out runs/collapse    one of the two collapses
+
+Linear probe on test of class token and mean of the patch tokens, untrained -> trained, on two CPU cores (2026-11-25,
+torch 2.14.1; records in results/):
+
+    shapes                       40.2 -> 67.5 %, 40.8 -> 65.4 %, 39.1 -> 64.2 % with seeds 0, 1, 2; 100 to 110 s
+    cifar10 --encoder small      38.5 -> 54.6 % with seed 0; 14 minutes
+
+The paper's drop path is left out.
 """
 
 import argparse

@@ -244,6 +244,12 @@ def test_every_encoder_takes_views_of_both_sizes(encoder, D, outputs):
     assert model.teacher.D == D and model.teacher.encoder(torch.rand(2, 3, 32, 32)).shape == (2, outputs)
 
 
+def test_the_stem_needs_a_power_of_two():
+    args = dino.parse_args(["--encoder", "small", "--patch-size", "6"])
+    with pytest.raises(common.UserError, match="--patch-size 6: must be a power of two with --encoder small"):
+        dino.build_backbone(args, 24)
+
+
 def test_the_stem_sees_neither_brightness_nor_contrast():
     torch.manual_seed(0)
     stem, x = dino.ConvStem(8, 16).eval(), torch.rand(2, 3, 32, 32)
@@ -409,7 +415,7 @@ def test_recipes_and_help(capsys):
 def test_copied_with_common_alone_it_learns_on_shapes(tmp_path):
     for name in ("dino.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "-W", "error", "dino.py", "--epochs", "5", "--eval-every", "5", "--out", "run"]
+    command = [sys.executable, "-W", "error", "dino.py", "--epochs", "4", "--eval-every", "4", "--out", "run"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stderr == ""
     summary = json.loads((tmp_path / "run/summary.json").read_text())

@@ -177,7 +177,8 @@ def view(images, size, scale, blur, solarize, args, generator):
 def two_views(images, args, generator):
     """The global views: uint8 (N, 3, S, S) -> float (2N, 3, S, S) in [0, 1], first ones of all pictures, then second.
 
-    They are not alike: the paper, after BYOL, blurs nearly all first ones, and solarizes some of the second ones.
+    They are not alike: the paper, after BYOL, blurs all first ones and a tenth of the second, and solarizes a
+    fifth of the second.
     """
     x, S = images / 255, images.shape[3]
     first = view(x, S, (args.crop, 1.0), 1.0, 0.0, args, generator)
@@ -262,7 +263,7 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """Convolutions of stride 2 in the place of PatchEmbed: (B, 3, S, S) -> (B, L, D), row by row.
 
-    One for each factor of two in patch_size, 32 channels and then twice as many, learns in few steps what a linear map
+    One for each factor of two in patch_size, of 32 channels, 64 and so on: they learn in few steps what a linear map
     of patches needs long for (Xiao et al. 2021). Each picture is standardised first: colours that all of it has and
     its contrast would else be the first thing that student and teacher agree about.
     """

@@ -4,7 +4,9 @@ Pictures lie as one uint8 tensor on the training device; augmentations work ther
 images in [0, 1], with one parameter per image, drawn from an explicit torch.Generator.
 """
 
+import csv
 import hashlib
+import io
 import math
 import os
 import tempfile
@@ -34,7 +36,8 @@ class Dataset:
     """Images uint8 (N, 3, S, S) in channels_last order, labels int64, the class names, and captions if any.
 
     train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels, and a
-    folder of plain pictures has no labels, no test images and no classes.
+    folder of plain pictures has no labels, no test images and no classes. Captions are a list for each image, of one
+    or more. A captioned folder has validation images, and shapes have colours: the numbers in COLORS.
     """
 
     train_images: torch.Tensor
@@ -42,8 +45,12 @@ class Dataset:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list[str]
-    train_captions: list[str] | None = None
-    test_captions: list[str] | None = None
+    train_captions: list[list[str]] | None = None
+    test_captions: list[list[str]] | None = None
+    val_images: torch.Tensor | None = None
+    val_captions: list[list[str]] | None = None
+    train_colors: torch.Tensor | None = None
+    test_colors: torch.Tensor | None = None
 
     def to(self, device):
         """The same on the device; images that would fill more than half of a GPU's free memory stay where they are."""
@@ -184,7 +191,10 @@ def download(name, path):
 
 
 def folder_dataset(root, data_dir, image_size):
-    """train/<class>/* and test/<class>/* or val/<class>/*; or else every picture below root, without classes."""
+    """train/<class>/* and test/<class>/* or val/<class>/*; captions; or every picture below root, without classes."""
+    for name in ("captions.csv", "captions.txt"):
+        if (root / name).exists():
+            return captioned_dataset(root / name, data_dir, image_size)
     train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
     if not classes:
@@ -205,6 +215,69 @@ def folder_dataset(root, data_dir, image_size):
         parts.append(decode(root, [file for file, _ in files], data_dir, image_size))
         parts.append(torch.tensor([label for _, label in files]))
     return Dataset(*parts, classes)
+
+
+def captioned_dataset(file, data_dir, image_size):
+    """Rows image,caption or image,caption,split below such a header; pictures beside the file or in images/ there.
+
+    A split is train, val or test. Without that column a hash of its name puts a picture into one of them, 8 in 10 into
+    train, so that neither the order of the rows nor further rows move it.
+    """
+    splits, captions = {}, {}  # of each picture
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        if not {"image", "caption"} <= set(rows.fieldnames or ()):
+            raise UserError(f"{file}, row 1: the header is {rows.fieldnames}, not image,caption or image,caption,split")
+        for row in rows:
+            where = f"{file}, row {rows.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{where}: has not as many fields as the header; a caption with commas needs quotes")
+            name, caption = row["image"].strip(), row["caption"].strip()
+            if not name or not caption:
+                raise UserError(f"{where}: the {'caption' if name else 'image'} is empty")
+            places = (file.parent / name, file.parent / "images" / name, file.parent / "Images" / name)
+            picture = next((place for place in places if place.is_file()), None)
+            if picture is None:
+                raise UserError(f"{where}: there is no picture {name} in {file.parent} or in images/ there")
+            split = row["split"].strip() if "split" in row else hashed_split(picture.name)
+            if split not in ("train", "val", "test"):
+                raise UserError(f"{where}: split {split!r} is not train, val or test")
+            if splits.setdefault(picture, split) != split:
+                raise UserError(f"{where}: {name} is in {split} here, but in {splits[picture]} above")
+            captions.setdefault(picture, []).append(caption)
+    except UnicodeDecodeError as error:
+        row = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}, row {row}: is not in UTF-8; save the file in that encoding") from None
+    except csv.Error as error:
+        raise UserError(f"{file}, row {rows.reader.line_num}: not a line of a CSV file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    images, texts = {}, {}
+    for split in ("train", "val", "test"):
+        files = sorted(picture for picture in splits if splits[picture] == split)
+        if not files and split != "val":
+            raise UserError(f"{file}: has no picture in the split {split}")
+        images[split] = decode(file.parent, files, data_dir, image_size) if files else None
+        texts[split] = [captions[picture] for picture in files]
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Dataset(
+        images["train"],
+        nothing,
+        images["test"],
+        nothing,
+        [],
+        texts["train"],
+        texts["test"],
+        images["val"],
+        texts["val"],
+    )
+
+
+def hashed_split(name):
+    """A split that depends on the name alone."""
+    digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+    return {0: "test", 1: "val"}.get(digit, "train")
 
 
 def list_pictures(folder):
@@ -312,12 +385,13 @@ SENTENCES = (
 
 def shapes_dataset():
     """Ten kinds of things, 32 x 32, with captions: 4,096 training and 2,000 test pictures, always the same ones."""
-    generator, splits, captions = torch.Generator().manual_seed(0), [], []
+    generator, splits, captions, colors = torch.Generator().manual_seed(0), [], [], []
     for count in (4096, 2000):
         scenes = sample_shapes(count, generator)
         splits += [draw_shapes(scenes, generator), scenes["label"]]
-        captions.append(describe_shapes(scenes, generator))
-    return Dataset(*splits, list(SHAPES), *captions)
+        captions.append([[caption] for caption in describe_shapes(scenes, generator)])
+        colors.append(scenes["color"])
+    return Dataset(*splits, list(SHAPES), *captions, train_colors=colors[0], test_colors=colors[1])
 
 
 def sample_shapes(count, generator):

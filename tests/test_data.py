@@ -359,6 +359,88 @@ def test_bad_folders(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------
+# Captions
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Thirty grey pictures in images/, the i-th of brightness i, and a function that writes rows and loads them."""
+    root = tmp_path / "captioned"
+    for i in range(30):
+        save_picture(root / "images" / f"{i:02}.png", (i, i, i))
+
+    def load(rows, name="captions.csv", encoding="utf-8"):
+        (root / name).write_bytes("".join(row + "\n" for row in rows).encode(encoding))
+        return common.load_dataset(str(root), tmp_path / "data", 8)
+
+    return load
+
+
+def contents(data):
+    """{split: {brightness of a picture: its captions}}"""
+    parts = {
+        "train": (data.train_images, data.train_captions),
+        "val": (data.val_images, data.val_captions),
+        "test": (data.test_images, data.test_captions),
+    }
+    return {
+        split: {int(image[0, 0, 0]): captions for image, captions in zip(images, texts, strict=True)}
+        for split, (images, texts) in parts.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.txt"])
+def test_pictures_without_a_split_are_split_by_name_whatever_the_order(captioned, name):
+    rows = [f'{i:02}.png,"picture {i}, caption {j}"' for i in range(30) for j in range(3)]
+    straight = contents(captioned(["image,caption", *rows], name))
+    mixed = contents(captioned(["image,caption", *(rows[k * 7 % 90] for k in range(90))], name))
+    assert {s: {i: sorted(c) for i, c in part.items()} for s, part in mixed.items()} == straight
+    assert sorted(i for part in straight.values() for i in part) == list(range(30))
+    assert len(straight["train"]) > 15
+    for part in straight.values():
+        assert all(texts == [f"picture {i}, caption {j}" for j in range(3)] for i, texts in part.items())
+
+
+def test_captions_with_splits(captioned):
+    splits = ["train", "test", "val"]
+    rows = [f"images/{i:02}.png,{splits[i % 3]},number {i}" for i in range(30)]
+    parts = contents(captioned(["image,split,caption", *reversed(rows)], encoding="utf-8-sig"))
+    assert parts == {s: {i: [f"number {i}"] for i in range(k, 30, 3)} for k, s in enumerate(splits)}
+
+
+HEADER = "image,caption,split"
+GOOD = ["00.png,a thing,train", "01.png,a thing,test"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "row 1: the header"),
+        (["name,text", *GOOD], "row 1: the header"),
+        ([HEADER, *GOOD, "99.png,a thing,train"], "row 4: there is no picture 99.png"),
+        ([HEADER, GOOD[0], "01.png, ,test"], "row 3: the caption is empty"),
+        ([HEADER, ",a thing,test", *GOOD], "row 2: the image is empty"),
+        ([HEADER, GOOD[0], "01.png,a thing, a comma,test"], "row 3: has not as many fields"),
+        ([HEADER, *GOOD, "02.png"], "row 4: has not as many fields"),
+        ([HEADER, *GOOD, "02.png,a thing,dev"], "row 4: split 'dev'"),
+        ([HEADER, *GOOD, "images/00.png,another caption,test"], "row 4: images/00.png is in test here, but in train"),
+        ([HEADER, *GOOD, '02.png,"a "thing"",train'], "row 4: not a line of a CSV file"),
+        ([HEADER, GOOD[0]], "has no picture in the split test"),
+    ],
+)
+def test_bad_captions_are_named_by_file_and_row(captioned, rows, message):
+    with pytest.raises(common.UserError, match="captions.csv") as caught:
+        captioned(rows)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_captions_in_another_encoding(captioned):
+    with pytest.raises(common.UserError, match="captions.csv, row 3: is not in UTF-8"):
+        captioned([HEADER, GOOD[0], "01.png,une pomme dorée,test"], encoding="latin-1")
+
+
+# ------------------------------------------------------------------------------------------------------
 # Batches
 # ------------------------------------------------------------------------------------------------------
 

@@ -374,7 +374,8 @@ COLORS = {
     "black": (36, 36, 42),
 }
 SIZES = ("small", "medium-sized", "large")
-SENTENCES = (
+BRIEF = ("a {shape}", "there is a {shape}", "a {color} {shape}", "the {shape} is {color}")
+FULL = (
     "a {size} {color} {shape} on a {one} and {two} background",
     "a {color} {shape}, {size}, in front of {one} and {two}",
     "there is a {size} {shape} in {color} and behind it {one} turns into {two}",
@@ -389,7 +390,7 @@ def shapes_dataset():
     for count in (4096, 2000):
         scenes = sample_shapes(count, generator)
         splits += [draw_shapes(scenes, generator), scenes["label"]]
-        captions.append([[caption] for caption in describe_shapes(scenes, generator)])
+        captions.append(describe_shapes(scenes, generator))
         colors.append(scenes["color"])
     return Dataset(*splits, list(SHAPES), *captions, train_colors=colors[0], test_colors=colors[1])
 
@@ -446,13 +447,16 @@ def draw_shapes(scenes, generator, size=32, supersampling=3):
 
 
 def describe_shapes(scenes, generator):
-    """Scenes of sample_shapes -> a caption each, in varied wording."""
+    """Scenes of sample_shapes -> five captions each, as people write them: what it is, its colour, and one with all."""
     shapes, colors = list(SHAPES), list(COLORS)
     size = ((scenes["half_width"] - 0.60) / 0.25 * 3).long().clamp(max=2)
-    sentence = torch.randint(len(SENTENCES), size.shape, generator=generator)
+    sentence = torch.randint(len(FULL), size.shape, generator=generator)
     rows = zip(sentence, size, scenes["color"], scenes["label"], *scenes["background"].unbind(1), strict=True)
     return [
-        SENTENCES[w].format(size=SIZES[s], color=colors[c], shape=shapes[k], one=colors[a], two=colors[b])
+        [
+            text.format(size=SIZES[s], color=colors[c], shape=shapes[k], one=colors[a], two=colors[b])
+            for text in (*BRIEF, FULL[w])
+        ]
         for w, s, c, k, a, b in rows
     ]
 

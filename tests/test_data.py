@@ -115,14 +115,15 @@ def test_captions_name_what_is_drawn():
     scenes = scenes_of(500)
     captions = common.describe_shapes(scenes, torch.Generator().manual_seed(0))
     shapes, colors = list(common.SHAPES), list(common.COLORS)
-    for i, caption in enumerate(captions):
-        words = caption.replace(",", "").split()
-        assert shapes[scenes["label"][i]] in words and colors[scenes["color"][i]] in words
-        assert all(colors[c] in words for c in scenes["background"][i])
-        size = next(word for word in words if word in common.SIZES)
+    for i, texts in enumerate(captions):
+        *brief, full = (text.replace(",", "").split() for text in texts)
+        assert all(shapes[scenes["label"][i]] in words for words in (*brief, full))
+        assert [colors[scenes["color"][i]] in words for words in (*brief, full)] == [False, False, True, True, True]
+        assert all(colors[c] in full for c in scenes["background"][i])
+        size = next(word for word in full if word in common.SIZES)
         low = 0.60 + 0.25 / 3 * common.SIZES.index(size)
         assert low - 1e-6 <= scenes["half_width"][i] <= low + 0.25 / 3 + 1e-6
-    assert len({caption.split()[0] for caption in captions}) > 2  # varied wording
+    assert len({texts[-1].split()[0] for texts in captions}) > 2  # varied wording
 
 
 # ------------------------------------------------------------------------------------------------------

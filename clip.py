@@ -185,10 +185,8 @@ class Tokenizer:
     def __init__(self, captions, context, min_count=1):
         """captions: a list of them for each picture."""
         counts = Counter(word for texts in captions for text in texts for word in self.split(text))
-        self.words = sorted(
-            (word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w)
-        )
-        self.load_state_dict({"words": self.words, "context": context})
+        words = sorted((w for w, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
+        self.load_state_dict({"words": words, "context": context})
 
     def split(self, text):
         return re.findall(r"\w+", text.lower())
@@ -246,7 +244,7 @@ class TextEncoder(nn.Module):
         self.positions = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                width, max(1, width // 32), 4 * width, dropout, F.gelu, batch_first=True, norm_first=True
+                width, width // 32, 4 * width, dropout, F.gelu, batch_first=True, norm_first=True
             )
             for _ in range(layers)
         )
@@ -597,7 +595,7 @@ def recall(scores, relevant):
     """
     best = scores.masked_fill(~relevant, -math.inf).amax(1, keepdim=True)
     ahead = ((scores >= best) & ~relevant).sum(1)  # (Q,), of the first relevant candidate
-    return {k: (ahead < k).float().mean().item() for k in (1, 5, 10)}
+    return {k: (ahead < k).sum().item() / len(ahead) for k in (1, 5, 10)}
 
 
 def retrieval(model, tokenizer, images, captions):
@@ -617,8 +615,8 @@ def retrieval(model, tokenizer, images, captions):
 def few_shot(h, labels, test_h, test_labels, zero_shot, seed):
     """Figure 6 of the paper, the lecture's: probes with 1 to 16 labels of each class, mean of three draws of them,
     against zero-shot accuracy. h (M, D) and test_h (Q, D): features of the frozen encoder -> rows of a table."""
-    table = []
-    for n in (1, 2, 4, 8, 16):
+    table, fewest = [], min(count for count in labels.bincount().tolist() if count)
+    for n in (n for n in (1, 2, 4, 8, 16) if n <= fewest):
         draws = [common.labelled_rows(labels, n if n > 1 else 0, seed + draw) for draw in range(3)]  # 0: one a class
         accuracies = [linear_probe(h[rows], labels[rows], test_h, test_labels) for rows in draws]
         table.append({"labels_per_class": n, "linear_probe": statistics.mean(accuracies), "zero_shot": zero_shot})
@@ -651,7 +649,7 @@ def resized(data, S):
         name: F.interpolate(images.float(), S, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
         for name, images in (("train_images", data.train_images), ("test_images", data.test_images))
     }
-    return dataclasses.replace(data, **sizes)
+    return dataclasses.replace(data, **sizes, test_colors=None)  # no pair of shapes is unseen by another data set
 
 
 def evaluate(model, tokenizer, data):
@@ -662,9 +660,10 @@ def evaluate(model, tokenizer, data):
     accuracies = probes(h, y, test_h, test_y)
     for name, prompts in (("zero_shot", [PROMPT]), ("zero_shot_ensemble", ENSEMBLE)):
         right = (x @ class_features(model, tokenizer, data.classes, prompts).T).argmax(1) == test_y
-        accuracies[name] = right.float().mean().item()
+        accuracies[name] = right.sum().item() / len(right)
         if data.test_colors is not None:
-            accuracies[f"{name}_unseen"] = right[unseen_pairs(test_y, data.test_colors)].float().mean().item()
+            right = right[unseen_pairs(test_y, data.test_colors)]
+            accuracies[f"{name}_unseen"] = right.sum().item() / len(right)
     return accuracies, (h, test_h)
 
 
@@ -724,17 +723,6 @@ def save_sheet(path, blocks):
         page.paste(tile, (left, head))
         left += tile.width + gap
     page.save(path)
-
-
-def save_views(path, images, args):
-    """views.png: some pictures, uint8 (M, 3, S, S), and pairs of views of each as a training step sees them."""
-    images = images[:8]
-    generator = torch.Generator(images.device).manual_seed(args.seed)
-    blocks = [("picture", images[:, None] / 255)]
-    for pair in range(1, 5):
-        views = two_views(images, args, generator).chunk(2)
-        blocks.append((f"pair {pair}", torch.stack(views, dim=1)))  # (8, 2, 3, S, S)
-    save_sheet(path, blocks)
 
 
 def save_neighbours(path, data, before, after, count=6):
@@ -847,24 +835,22 @@ def print_table(rows):
 
 
 def name_classes(run, model, tokenizer, data, names):
-    """classes.png: for each class that is only named, the test pictures that are most surely of it -> how many are.
-
-    Where the names are classes of the data there is an accuracy too, over the pictures of these classes.
-    """
+    """classes.png: for each class that is only named, the test pictures that are most surely of it -> a table of how
+    many are, with the share of its own pictures that are found where all names are classes of the data."""
     _, x = encode_images(model, data.test_images)
     scores = model.log_scale.exp() * x @ class_features(model, tokenizer, names, ENSEMBLE).T
     shares = scores.softmax(1).detach()  # (M, K)
     surest = shares.T.topk(min(8, len(x))).indices  # (K, 8)
     pictures = data.test_images[surest.to(data.test_images.device)] / 255
     save_matches(run.folder / "classes.png", names, pictures)
-    answer, result = shares.argmax(1), {}
-    result["pictures"] = dict(zip(names, answer.bincount(minlength=len(names)).tolist(), strict=True))
+    answer = shares.argmax(1)
+    rows = [{"class": name, "test pictures": (answer == i).sum().item()} for i, name in enumerate(names)]
     if set(names) <= set(data.classes):
-        of = torch.tensor([data.classes.index(name) for name in names], device=x.device)
-        known = torch.isin(data.test_labels, of)
-        result["accuracy"] = (of[answer] == data.test_labels)[known].float().mean().item()
-    print(f"zero-shot classes: {result}")
-    return result
+        for i, row in enumerate(rows):
+            right = answer[data.test_labels == data.classes.index(row["class"])] == i
+            row["found"] = right.sum().item() / max(1, len(right))
+    print_table(rows)
+    return rows
 
 
 def ask(args):
@@ -922,12 +908,17 @@ def main(args):
     if data.train_colors is not None:
         data = hold_out(data)
     M, _, S, _ = data.train_images.shape
+    if args.text_width % 32:
+        raise UserError(f"--text-width {args.text_width}: must be a multiple of 32, the width of a head")
     if args.batch_size > M:
         raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {M} training pictures")
     labelled = resized(common.load_dataset(args.zero_shot, args.data_dir, S).to(device), S) if args.zero_shot else data
     amounts = args.labels or [1.0] * args.fine_tune
     if (amounts or args.zero_shot) and not labelled.classes:
         raise UserError(f"--labels, --fine-tune and --zero-shot: {args.zero_shot or args.dataset} has no classes")
+    names = [name.strip() for name in args.zero_shot_classes.split(",") if name.strip()]
+    if args.zero_shot_classes and len(names) < 2:
+        raise UserError(f"--zero-shot-classes {args.zero_shot_classes}: name two classes or more, with commas between")
     subsets = [common.labelled_rows(labelled.train_labels, amount, args.seed) for amount in amounts]
     run = Run(args)
     print(f"{METHOD} on {args.dataset}: {M} pictures with captions, {S} x {S}; {device}; results go to {run.folder}",
@@ -936,7 +927,6 @@ def main(args):
         print("there are no classes, so the probes are skipped; --zero-shot names data that has some")
     if device.type == "cpu" and args.encoder != "small":
         print(f"{args.encoder} is made for a GPU; the recipe for a CPU is --encoder small")
-    save_views(run.folder / "views.png", data.train_images[:8].to(device), args)
 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(data.train_captions, args.context, args.min_count)
@@ -974,8 +964,7 @@ def main(args):
         results["few_shot"] = shots
     if few:
         print_table(few)
-    if args.zero_shot_classes:
-        names = [name.strip() for name in args.zero_shot_classes.split(",") if name.strip()]
+    if names:
         results["zero_shot_classes"] = name_classes(run, model, tokenizer, labelled, names)
     return run.finish(start, device, model.encoder, results | {"semi_supervised": few})
 

@@ -616,10 +616,13 @@ def few_shot(h, labels, test_h, test_labels, zero_shot, seed):
     """Figure 6 of the paper, the lecture's: probes with 1 to 16 labels of each class, mean of three draws of them,
     against zero-shot accuracy. h (M, D) and test_h (Q, D): features of the frozen encoder -> rows of a table."""
     table, fewest = [], min(count for count in labels.bincount().tolist() if count)
-    for n in (n for n in (1, 2, 4, 8, 16) if n <= fewest):
-        draws = [common.labelled_rows(labels, n if n > 1 else 0, seed + draw) for draw in range(3)]  # 0: one a class
-        accuracies = [linear_probe(h[rows], labels[rows], test_h, test_labels) for rows in draws]
-        table.append({"labels_per_class": n, "linear_probe": statistics.mean(accuracies), "zero_shot": zero_shot})
+    for n in (1, 2, 4, 8, 16):
+        if n <= fewest:
+            draws = [
+                common.labelled_rows(labels, n if n > 1 else 0, seed + draw) for draw in range(3)
+            ]  # 0: one a class
+            accuracies = [linear_probe(h[rows], labels[rows], test_h, test_labels) for rows in draws]
+            table.append({"labels_per_class": n, "linear_probe": statistics.mean(accuracies), "zero_shot": zero_shot})
     return table
 
 
@@ -645,10 +648,12 @@ def hold_out(data):
 
 def resized(data, S):
     """Labelled data with pictures of S x S, the size that a model was trained at."""
-    sizes = {
-        name: F.interpolate(images.float(), S, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
-        for name, images in (("train_images", data.train_images), ("test_images", data.test_images))
-    }
+
+    def resize(images):
+        parts = (F.interpolate(x.float(), S, mode="bicubic", antialias=True) for x in images.split(1000))
+        return torch.cat([x.round().clamp(0, 255).byte() for x in parts])
+
+    sizes = {"train_images": resize(data.train_images), "test_images": resize(data.test_images)}
     return dataclasses.replace(data, **sizes, test_colors=None)  # no pair of shapes is unseen by another data set
 
 

@@ -1,10 +1,11 @@
-"""Draws the log of one or more runs over the epochs, or with --labels accuracy over labels (needs matplotlib).
+"""Draws the log of one or more runs over the epochs, or accuracy over the number of labels (needs matplotlib).
 
     python results/figures.py runs/simclr-shapes-seed0 results/simclr-shapes-seed1.json -o curves.png
     python results/figures.py --labels results/rotnet-shapes-labels.json -o labels.png
+    python results/figures.py --few-shot results/clip-shapes-seed0.json -o few-shot.png
 
 A run is a folder, finished or not, or a record, a summary.json. --labels draws the lecture's semi-supervised figure
-from runs with --labels, which must be finished.
+from runs with --labels, --few-shot the lecture's zero-shot CLIP against few-shot probes; these must be finished.
 """
 
 import argparse
@@ -25,6 +26,8 @@ LABELS = {
     "entropy": "entropy of a teacher's target (nats)",
     "entropy_of_mean": "entropy of a batch's mean target (nats)",
     "kl": "KL divergence, teacher to student (nats)",
+    "logit_scale": "scale of the logits, 1 / temperature",
+    "val_text_to_image_10": "validation R@10, text to image",
     "knn": "held-out kNN accuracy",
 }
 
@@ -62,18 +65,18 @@ def draw(runs, out):
     finish(figure, panels[0], out)
 
 
-def draw_labels(runs, out):
-    """runs {name: rows of the semi-supervised table} -> accuracy on test over the number of labels."""
+def draw_labels(runs, out, x="labels"):
+    """runs {name: rows of a table with a number of labels in the column x} -> accuracy on test over that number."""
     figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
     for name, rows in runs.items():
         if not rows:
-            raise ValueError(f"{name} was run without --labels")
+            raise ValueError(f"{name} has no table of accuracies over {x.replace('_', ' ')}")
         for key in rows[0]:
-            if key != "labels":
+            if key != x:
                 label = key.replace("_", " ") if len(runs) == 1 else f"{name}, {key.replace('_', ' ')}"
-                panel.plot(*curve(sorted(rows, key=lambda row: row["labels"]), "labels", key), marker="o", label=label)
-    counts = sorted({row["labels"] for rows in runs.values() for row in rows})
-    panel.set(xscale="log", xlabel="labels", ylabel="accuracy on test", ylim=(0, 1.03))
+                panel.plot(*curve(sorted(rows, key=lambda row: row[x]), x, key), marker="o", label=label)
+    counts = sorted({row[x] for rows in runs.values() for row in rows})
+    panel.set(xscale="log", xlabel=x.replace("_", " "), ylabel="accuracy on test", ylim=(0, 1.03))
     panel.set_xticks(counts, [f"{count:,}" for count in counts])
     panel.minorticks_off()
     finish(figure, [panel], out)
@@ -82,11 +85,15 @@ def draw_labels(runs, out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--labels", action="store_true")
+    parser.add_argument("--labels", dest="table", action="store_const", const="semi_supervised")
+    parser.add_argument("--few-shot", dest="table", action="store_const", const="few_shot")
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
-    kind, paint = ("semi_supervised", draw_labels) if args.labels else ("history", draw)
     try:
-        paint({path.stem: read(path, kind) for path in args.runs}, args.out)
+        runs = {path.stem: read(path, args.table or "history") for path in args.runs}
+        if args.table:
+            draw_labels(runs, args.out, x="labels" if args.table == "semi_supervised" else "labels_per_class")
+        else:
+            draw(runs, args.out)
     except (OSError, KeyError, ValueError) as error:
         sys.exit(f"error: not a run folder or a record ({error})")

@@ -14,6 +14,17 @@ LINES = [
 ]
 
 
+def watched(monkeypatch):
+    """What is plotted from now on: [(label, x, y)]."""
+    drawn, plot = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "plot",
+        lambda panel, x, y, **k: drawn.append((k["label"], x, y)) or plot(panel, x, y, **k),
+    )
+    return drawn
+
+
 def test_curves_show_what_is_in_folders_and_records(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
@@ -30,19 +41,24 @@ def test_curves_show_what_is_in_folders_and_records(tmp_path, monkeypatch):
 def test_the_semi_supervised_figure(tmp_path, monkeypatch):
     rows = [{"labels": 100, "frozen": 0.7, "from_scratch": 0.5}, {"labels": 10, "frozen": 0.6, "from_scratch": 0.2}]
     (tmp_path / "record.json").write_text(json.dumps({"history": LINES, "semi_supervised": rows}))
-    drawn, plot = [], matplotlib.axes.Axes.plot
-    monkeypatch.setattr(
-        matplotlib.axes.Axes,
-        "plot",
-        lambda panel, x, y, **k: drawn.append((k["label"], x, y)) or plot(panel, x, y, **k),
-    )
+    drawn = watched(monkeypatch)
     flags = "--labels", str(tmp_path / "record.json"), "-o", str(tmp_path / "labels.png")
     monkeypatch.setattr(sys, "argv", ["figures.py", *flags])
     runpy.run_path(str(FIGURES), run_name="__main__")
     assert drawn == [("frozen", (10, 100), (0.6, 0.7)), ("from scratch", (10, 100), (0.2, 0.5))]
     (tmp_path / "record.json").write_text(json.dumps({"semi_supervised": []}))
-    with pytest.raises(SystemExit, match="record was run without --labels"):
+    with pytest.raises(SystemExit, match="record has no table of accuracies over labels"):
         runpy.run_path(str(FIGURES), run_name="__main__")
+
+
+def test_zero_shot_against_few_shot(tmp_path, monkeypatch):
+    rows = [{"labels_per_class": n, "linear_probe": n / 10, "zero_shot": 0.3} for n in (1, 2, 4)]
+    (tmp_path / "record.json").write_text(json.dumps({"history": LINES, "few_shot": rows}))
+    drawn = watched(monkeypatch)
+    flags = "--few-shot", str(tmp_path / "record.json"), "-o", str(tmp_path / "few-shot.png")
+    monkeypatch.setattr(sys, "argv", ["figures.py", *flags])
+    runpy.run_path(str(FIGURES), run_name="__main__")
+    assert drawn == [("linear probe", (1, 2, 4), (0.1, 0.2, 0.4)), ("zero shot", (1, 2, 4), (0.3, 0.3, 0.3))]
 
 
 def test_figures_from_the_command_line(tmp_path, monkeypatch):

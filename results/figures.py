@@ -27,7 +27,7 @@ LABELS = {
     "entropy_of_mean": "entropy of a batch's mean target (nats)",
     "kl": "KL divergence, teacher to student (nats)",
     "logit_scale": "scale of the logits, 1 / temperature",
-    "val_text_to_image_10": "validation R@10, text to image",
+    "val_text_to_image_r10": "validation R@10, text to image",
     "knn": "held-out kNN accuracy",
 }
 

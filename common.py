@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -452,13 +453,12 @@ def describe_shapes(scenes, generator):
     size = ((scenes["half_width"] - 0.60) / 0.25 * 3).long().clamp(max=2)
     sentence = torch.randint(len(FULL), size.shape, generator=generator)
     rows = zip(sentence, size, scenes["color"], scenes["label"], *scenes["background"].unbind(1), strict=True)
-    return [
-        [
-            text.format(size=SIZES[s], color=colors[c], shape=shapes[k], one=colors[a], two=colors[b])
-            for text in (*BRIEF, FULL[w])
-        ]
-        for w, s, c, k, a, b in rows
-    ]
+
+    def caption(text, s, c, k, a, b):
+        text = text.format(size=SIZES[s], color=colors[c], shape=shapes[k], one=colors[a], two=colors[b])
+        return re.sub(r"\ba(?= [aeiou])", "an", text)
+
+    return [[caption(text, *row) for text in (*BRIEF, FULL[w])] for w, *row in rows]
 
 
 # === Augmentations: float images (N, C, H, W) in [0, 1], one parameter per image ====================================

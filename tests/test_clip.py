@@ -229,9 +229,9 @@ def test_unseen_pairs_are_never_trained_on():
     assert len(data.train_images) == len(data.train_labels) == len(data.train_captions) == len(data.train_colors)
     assert len(data.train_images) + len(data.val_images) == len(whole.train_images)
     pairs = list(zip(common.SHAPES, common.COLORS, strict=True))
-    assert not any(f"a {color} {shape}" in texts for texts in data.train_captions for shape, color in pairs)
-    assert all(any(f"a {color} {shape}" in texts for shape, color in pairs) for texts in data.val_captions)
-    assert len({texts[2] for texts in data.train_captions}) == 90  # all other pairs are there
+    assert not any(f"the {shape} is {color}" in texts for texts in data.train_captions for shape, color in pairs)
+    assert all(any(f"the {shape} is {color}" in texts for shape, color in pairs) for texts in data.val_captions)
+    assert len({texts[3] for texts in data.train_captions}) == 90  # all other pairs are there
 
 
 def test_pictures_of_another_size_are_resized():

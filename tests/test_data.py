@@ -123,6 +123,7 @@ def test_captions_name_what_is_drawn():
         size = next(word for word in full if word in common.SIZES)
         low = 0.60 + 0.25 / 3 * common.SIZES.index(size)
         assert low - 1e-6 <= scenes["half_width"][i] <= low + 0.25 / 3 + 1e-6
+        assert not any(f" a {vowel}" in f" {text}" for text in texts for vowel in "aeiou")
     assert len({texts[-1].split()[0] for texts in captions}) > 2  # varied wording
 
 

@@ -12,10 +12,16 @@ lie on the diagonal. Afterwards a caption is a classifier: any set of labels bec
 
     python clip.py                                            shapes drawn by code, on two CPU cores
     python clip.py --dataset path/to/flickr8k                 pictures with captions.csv, see README.md; on a GPU
-    python clip.py --dataset path/to/flickr8k --encoder small the same on two CPU cores
+    python clip.py --dataset path/to/flickr8k --encoder small    the same on two CPU cores
     python clip.py --out RUN --query "a red star"             the test pictures that fit a sentence best
     python clip.py --out RUN --caption PICTURE                the captions that fit a picture of your own best
     python clip.py --resume --zero-shot-classes star,moon     pictures sorted into classes that are only named
+
+Measured on test, on two CPU cores (2026-11-26, torch 2.14.1; records in results/):
+
+    shapes      zero-shot 99.0, 98.7, 99.6 %, on pairs of kind and colour that training never shows 91.9, 93.1, 97.1 %;
+                linear probe 38.8 -> 98.2 %, 37.6 -> 99.5 %, 39.4 -> 99.4 %, with seeds 0, 1, 2; 68 to 78 s
+    Flickr8k    --encoder small, a caption finds its picture in 3.4 % first, in 18.9 % among ten of 1,000; 7 minutes
 """
 
 import argparse
@@ -77,7 +83,9 @@ class Args:
     zero_shot: str = flag(
         "", "labelled data to measure probes and zero-shot on, such as cifar10, in place of --dataset", free=True
     )
-    zero_shot_classes: str = flag("", "names with commas: sort the test pictures into these classes, too", free=True)
+    zero_shot_classes: str = flag(
+        "", "names with commas: sort the test pictures into these classes, too; names an .npz file's", free=True
+    )
     query: str = flag("", "train nothing; save the test pictures that fit this sentence best in --out", free=True)
     caption: str = flag("", "train nothing; rank the test captions for this picture file", free=True)
     labels: list = flag((), "probe with few labels too: shares of each class up to 1, or numbers a class", 0, free=True)
@@ -913,6 +921,8 @@ def main(args):
     names = [name.strip() for name in args.zero_shot_classes.split(",") if name.strip()]
     if args.zero_shot_classes and len(names) < 2:
         raise UserError(f"--zero-shot-classes {args.zero_shot_classes}: name two classes or more, with commas between")
+    if len(names) == len(labelled.classes) and all(name.isdigit() for name in labelled.classes):
+        labelled = dataclasses.replace(labelled, classes=names)  # an .npz file has mere numbers
     subsets = [common.labelled_rows(labelled.train_labels, amount, args.seed) for amount in amounts]
     run = Run(args)
     print(f"{METHOD} on {args.dataset}: {M} pictures with captions, {S} x {S}; {device}; results go to {run.folder}",

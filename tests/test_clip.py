@@ -359,6 +359,17 @@ def test_captioned_pictures_without_classes(tmp_path, capsys):
     assert "zero_shot_unseen" not in shapes["trained"]
 
 
+def test_names_for_classes_that_are_numbers(few, few_shapes, tmp_path, monkeypatch):
+    cut, seen = common.load_dataset("shapes"), []
+    numbered = common.npz_dataset(few_shapes, 32)
+    monkeypatch.setattr(common, "load_dataset", lambda name, *arguments: cut if name == "shapes" else numbered)
+    evaluate = clip.evaluate
+    monkeypatch.setattr(clip, "evaluate", lambda m, t, data: seen.append(data.classes) or evaluate(m, t, data))
+    names = list(common.SHAPES)
+    summary = tiny_run(tmp_path / "run", "--zero-shot", "few.npz", "--zero-shot-classes", ",".join(names))
+    assert seen == [names, names] and [row["class"] for row in summary["zero_shot_classes"]] == names
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -612,16 +612,15 @@ def retrieval(model, tokenizer, images, captions):
     return {f"{way}_r{k}": value for way, recalls in both.items() for k, value in recalls.items()}
 
 
-def few_shot(h, labels, test_h, test_labels, zero_shot, seed):
+def few_shot(h, data, zero_shot, seed):
     """Figure 6 of the paper, the lecture's: probes with 1 to 16 labels of each class, mean of three draws of them,
-    against zero-shot accuracy. h (M, D) and test_h (Q, D): features of the frozen encoder -> rows of a table."""
-    table, fewest = [], min(count for count in labels.bincount().tolist() if count)
+    against zero-shot accuracy. h: features of train and test, (M, D) and (Q, D) -> rows of a table."""
+    y, table = data.train_labels, []
+    fewest = min(count for count in y.bincount().tolist() if count)
     for n in (1, 2, 4, 8, 16):
         if n <= fewest:
-            draws = [
-                common.labelled_rows(labels, n if n > 1 else 0, seed + draw) for draw in range(3)
-            ]  # 0: one a class
-            accuracies = [linear_probe(h[rows], labels[rows], test_h, test_labels) for rows in draws]
+            draws = [common.labelled_rows(y, n if n > 1 else 0, seed + draw) for draw in range(3)]  # 0: one a class
+            accuracies = [linear_probe(h[0][rows], y[rows], h[1], data.test_labels) for rows in draws]
             table.append({"labels_per_class": n, "linear_probe": statistics.mean(accuracies), "zero_shot": zero_shot})
     return table
 
@@ -803,6 +802,25 @@ def save_examples(folder, model, tokenizer, images, captions):
     save_matches(folder / "retrieval.png", texts, images[nearest.to(images.device)] / 255, nearest == rows[:, None])
 
 
+def name_classes(run, model, tokenizer, data, names):
+    """classes.png: for each class that is only named, the test pictures that are most surely of it -> a table of how
+    many are, with the share of its own pictures that are found where all names are classes of the data."""
+    _, x = encode_images(model, data.test_images)
+    scores = model.log_scale.exp() * x @ class_features(model, tokenizer, names, ENSEMBLE).T
+    shares = scores.softmax(1).detach()  # (M, K)
+    surest = shares.T.topk(min(8, len(x))).indices  # (K, 8)
+    pictures = data.test_images[surest.to(data.test_images.device)] / 255
+    save_matches(run.folder / "classes.png", names, pictures)
+    answer = shares.argmax(1)
+    rows = [{"class": name, "test pictures": (answer == i).sum().item()} for i, name in enumerate(names)]
+    if set(names) <= set(data.classes):
+        for i, row in enumerate(rows):
+            right = answer[data.test_labels == data.classes.index(row["class"])] == i
+            row["found"] = right.sum().item() / max(1, len(right))
+    print_table(rows)
+    return rows
+
+
 # === Main ===========================================================================================================
 
 
@@ -836,25 +854,6 @@ def print_table(rows):
         print("".join(f"{cell:>{max(14, len(key) + 2)}}" for cell, key in zip(cells, row, strict=True)))
 
 
-def name_classes(run, model, tokenizer, data, names):
-    """classes.png: for each class that is only named, the test pictures that are most surely of it -> a table of how
-    many are, with the share of its own pictures that are found where all names are classes of the data."""
-    _, x = encode_images(model, data.test_images)
-    scores = model.log_scale.exp() * x @ class_features(model, tokenizer, names, ENSEMBLE).T
-    shares = scores.softmax(1).detach()  # (M, K)
-    surest = shares.T.topk(min(8, len(x))).indices  # (K, 8)
-    pictures = data.test_images[surest.to(data.test_images.device)] / 255
-    save_matches(run.folder / "classes.png", names, pictures)
-    answer = shares.argmax(1)
-    rows = [{"class": name, "test pictures": (answer == i).sum().item()} for i, name in enumerate(names)]
-    if set(names) <= set(data.classes):
-        for i, row in enumerate(rows):
-            right = answer[data.test_labels == data.classes.index(row["class"])] == i
-            row["found"] = right.sum().item() / max(1, len(right))
-    print_table(rows)
-    return rows
-
-
 def ask(args):
     """Questions to a trained model: the test pictures for --query, the test captions for --caption; -> the answers."""
     folder, device = Path(args.out), pick_device(args.device)
@@ -877,24 +876,30 @@ def ask(args):
     model = CLIP(trained, len(tokenizer), S).to(device, memory_format=torch.channels_last)
     model.load_state_dict(weights)
     answers = {}
+
+    def answer(question, title, scores, texts):
+        """Prints the best of the texts by their scores, and keeps them -> their numbers."""
+        scores, best = scores.topk(min(8, len(texts)))
+        answers[question] = [(texts[i], s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)]
+        print(title, *(f"{s:7.3f}  {text}" for text, s in answers[question]), sep="\n")
+        return best.cpu()
+
     if args.query:
         _, x = encode_images(model, data.test_images)
-        scores, best = (encode_texts(model, tokenizer, [args.query]) @ x.T)[0].topk(min(8, len(x)))
-        save_matches(folder / "query.png", [args.query], data.test_images[best.cpu()][None] / 255)
-        print(f"{folder / 'query.png'}: the test pictures that fit {args.query!r} best")
-        answers["query"] = [
-            (i, data.test_captions[i][0], s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)
-        ]
+        y, texts = encode_texts(model, tokenizer, [args.query]), [texts[0] for texts in data.test_captions]
+        title = f"{folder / 'query.png'}: the test pictures that fit {args.query!r} best, by a caption of theirs"
+        best = answer("query", title, x @ y[0], texts)
+        save_matches(folder / "query.png", [args.query], data.test_images[best][None] / 255)
     if args.caption:
-        picture = torch.tensor(common.decode_picture(Path(args.caption), S)).permute(2, 0, 1)[None].to(device)
+        picture = torch.tensor(common.decode_picture(Path(args.caption), S)).permute(2, 0, 1)[None]
         texts = list(dict.fromkeys(text for texts in data.test_captions for text in texts))
         _, x = encode_images(model, picture)
-        scores, best = (x @ encode_texts(model, tokenizer, texts).T)[0].topk(min(8, len(texts)))
-        print(f"the test captions that fit {args.caption} best")
-        answers["caption"] = [(i, texts[i], s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)]
-    for rows in answers.values():
-        for _, text, score in rows:
-            print(f"{score:7.3f}  {text}")
+        answer(
+            "caption",
+            f"the test captions that fit {args.caption} best",
+            encode_texts(model, tokenizer, texts) @ x[0],
+            texts,
+        )
     return answers
 
 
@@ -958,17 +963,11 @@ def main(args):
     results = {"untrained": untrained, "trained": trained}
     few = [semi_supervised(scratch.encoder, model.encoder, labelled, after, rows, args) for rows in subsets]
     save_examples(run.folder, model, tokenizer, data.test_images, data.test_captions)
-    print_table(
-        [
-            {"accuracy or recall on test": name, "untrained": untrained[name], "trained": trained[name]}
-            for name in trained
-        ]
-    )
+    column = "accuracy or recall on test"
+    print_table([{column: name, "untrained": untrained[name], "trained": trained[name]} for name in trained])
     if labelled.classes:
         save_neighbours(run.folder / "neighbours.png", labelled, before, after)
-        shots = few_shot(
-            after[0], labelled.train_labels, after[1], labelled.test_labels, trained["zero_shot"], args.seed
-        )
+        shots = few_shot(after, labelled, trained["zero_shot"], args.seed)
         print_table(shots)
         results["few_shot"] = shots
     if few:

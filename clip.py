@@ -323,6 +323,15 @@ def adamw(model, args, steps):
     return optimizer, schedule
 
 
+def tokenize(tokenizer, captions, device):
+    """Captions, a list of texts for each of M pictures -> tokens (M, C, T), of which counts (M,) are there."""
+    counts = torch.tensor([len(texts) for texts in captions], device=device)
+    tokens = torch.zeros(len(captions), int(counts.max()), tokenizer.context, dtype=torch.int64, device=device)
+    there = torch.arange(tokens.shape[1], device=device) < counts[:, None]  # (M, C)
+    tokens[there] = tokenizer([text for texts in captions for text in texts]).to(device)
+    return tokens, counts
+
+
 def pretrain(model, tokenizer, images, captions, args, run, monitor):
     """On pairs: images uint8 (M, 3, S, S), captions a list of texts for each. monitor() -> metrics."""
     device, N = next(model.parameters()).device, args.batch_size
@@ -361,15 +370,6 @@ def pretrain(model, tokenizer, images, captions, args, run, monitor):
             metrics |= monitor()
         run.log(epoch, metrics | {"seconds": seconds})
         run.save(epoch, parts)
-
-
-def tokenize(tokenizer, captions, device):
-    """Captions, a list of texts for each of M pictures -> tokens (M, C, T), of which counts (M,) are there."""
-    counts = torch.tensor([len(texts) for texts in captions], device=device)
-    tokens = torch.zeros(len(captions), int(counts.max()), tokenizer.context, dtype=torch.int64, device=device)
-    there = torch.arange(tokens.shape[1], device=device) < counts[:, None]  # (M, C)
-    tokens[there] = tokenizer([text for texts in captions for text in texts]).to(device)
-    return tokens, counts
 
 
 class Run:
@@ -638,9 +638,9 @@ def hold_out(data):
         data,
         train_images=data.train_images[seen],
         train_labels=data.train_labels[seen],
-        train_captions=[data.train_captions[i] for i in seen],
+        train_captions=[data.train_captions[i] for i in seen.tolist()],
         val_images=data.train_images[unseen],
-        val_captions=[data.train_captions[i] for i in unseen],
+        val_captions=[data.train_captions[i] for i in unseen.tolist()],
         train_colors=data.train_colors[seen],
     )
 
@@ -861,9 +861,7 @@ def ask(args):
         state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
         method, before, words, weights = (state[key] for key in ("method", "args", "tokenizer", "model"))
     except FileNotFoundError:
-        raise UserError(
-            f"--out {folder}: holds no run to ask; train one first, without --query and --caption"
-        ) from None
+        raise UserError(f"--out {folder}: holds no run to ask; train one first, without these questions") from None
     except Exception:  # a file that is torn or something else fails in many ways
         raise UserError(f"{folder / 'checkpoint.pt'}: not a checkpoint that can be read") from None
     if method != METHOD:
@@ -894,12 +892,8 @@ def ask(args):
         picture = torch.tensor(common.decode_picture(Path(args.caption), S)).permute(2, 0, 1)[None]
         texts = list(dict.fromkeys(text for texts in data.test_captions for text in texts))
         _, x = encode_images(model, picture)
-        answer(
-            "caption",
-            f"the test captions that fit {args.caption} best",
-            encode_texts(model, tokenizer, texts) @ x[0],
-            texts,
-        )
+        scores = encode_texts(model, tokenizer, texts) @ x[0]
+        answer("caption", f"the test captions that fit {args.caption} best", scores, texts)
     return answers
 
 

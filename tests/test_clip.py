@@ -220,11 +220,7 @@ def test_the_few_shot_table_has_balanced_labels_and_three_draws(monkeypatch):
     assert [row["labels_per_class"] for row in table] == [1, 2, 4, 8, 16]
     assert [counts for counts, _ in drawn] == [[n] * 10 for n in (1, 2, 4, 8, 16) for _ in range(3)]
     assert drawn[0][1] != drawn[1][1] != drawn[2][1]
-    assert [row["labels_per_class"] for row in table_of(70)] == [
-        1,
-        2,
-        4,
-    ]
+    assert len(table_of(70)) == 3  # seven of each class
     assert table[0] == {"labels_per_class": 1, "linear_probe": pytest.approx(0.02), "zero_shot": 0.7}
 
 

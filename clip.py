@@ -13,8 +13,8 @@ lie on the diagonal. Afterwards a caption is a classifier: any set of labels bec
     python clip.py                                            shapes drawn by code, on two CPU cores
     python clip.py --dataset path/to/flickr8k                 pictures with captions.csv, see README.md; on a GPU
     python clip.py --dataset path/to/flickr8k --encoder small    the same on two CPU cores
-    python clip.py --out RUN --query "a red star"             the test pictures that fit a sentence best
-    python clip.py --out RUN --caption PICTURE                the captions that fit a picture of your own best
+    python clip.py --resume RUN --query "a red star"          the test pictures that fit a sentence best
+    python clip.py --resume RUN --caption PICTURE             the captions that fit a picture of your own best
     python clip.py --resume --zero-shot-classes star,moon     pictures sorted into classes that are only named
 
 Measured on test, on two CPU cores (2026-11-26, torch 2.14.1; records in results/):
@@ -86,7 +86,7 @@ class Args:
     zero_shot_classes: str = flag(
         "", "names with commas: sort the test pictures into these classes, too; names an .npz file's", free=True
     )
-    query: str = flag("", "train nothing; save the test pictures that fit this sentence best in --out", free=True)
+    query: str = flag("", "train nothing; save the test pictures of a run that fit this sentence best", free=True)
     caption: str = flag("", "train nothing; rank the test captions for this picture file", free=True)
     labels: list = flag((), "probe with few labels too: shares of each class up to 1, or numbers a class", 0, free=True)
     fine_tune: bool = flag(False, "with these labels, also fine-tune, and train from scratch", free=True)
@@ -95,7 +95,7 @@ class Args:
     device: str = flag("auto", "auto: cuda, else mps, else cpu", free=True)
     compile: bool = flag(None, "torch.compile for network and augmentations; without the flag on cuda alone", free=True)
     out: str = flag("auto", "run folder; auto: runs/<method>-<dataset>-seed<seed>", free=True)
-    resume: bool = flag(False, "go on from the last checkpoint of the run folder, if there is one", free=True)
+    resume: str = flag("", "go on from the last checkpoint of --out, or of the run folder named here", free=True)
 
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
@@ -126,7 +126,10 @@ def parse_args(argv=None):
             options = {"action": argparse.BooleanOptionalAction, "help": text}
         else:
             options = {"nargs": "+", "type": float} if field.type is list else {"type": field.type}
-            options |= {"choices": field.metadata["choices"], "help": f"{text} (%(default)s{bounds and ', '}{bounds})"}
+            default = f" (%(default)s{bounds and ', '}{bounds})" if field.default != "" else ""
+            options |= {"choices": field.metadata["choices"], "help": text + default}
+        if field.name == "resume":
+            options |= {"nargs": "?", "const": "auto", "metavar": "RUN"}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     given, _ = parser.parse_known_args(argv)
     recipe = given.dataset if given.dataset in RECIPES else "path"
@@ -140,6 +143,8 @@ def parse_args(argv=None):
         for number in (value if field.type is list else [value]) if bounds else ():
             if not (field.metadata["low"] <= number <= field.metadata["high"] and math.isfinite(number)):
                 raise UserError(f"--{field.name.replace('_', '-')} {number}: must be {bounds}")
+    if args.resume not in ("", "auto"):
+        args.out = args.resume
     if args.out == "auto":
         args.out = f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
     return args

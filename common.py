@@ -238,7 +238,7 @@ def captioned_dataset(file, data_dir, image_size):
             if not name or not caption:
                 raise UserError(f"{where}: the {'caption' if name else 'image'} is empty")
             places = (file.parent / name, file.parent / "images" / name, file.parent / "Images" / name)
-            picture = next((place for place in places if place.is_file()), None)
+            picture = next((place.resolve() for place in places if place.is_file()), None)  # one path for one file
             if picture is None:
                 raise UserError(f"{where}: there is no picture {name} in {file.parent} or in images/ there")
             split = row["split"].strip() if "split" in row else hashed_split(picture.name)
@@ -259,7 +259,7 @@ def captioned_dataset(file, data_dir, image_size):
         files = sorted(picture for picture in splits if splits[picture] == split)
         if not files and split != "val":
             raise UserError(f"{file}: has no picture in the split {split}")
-        images[split] = decode(file.parent, files, data_dir, image_size) if files else None
+        images[split] = decode(file.parent.resolve(), files, data_dir, image_size) if files else None
         texts[split] = [captions[picture] for picture in files]
     nothing = torch.empty(0, dtype=torch.int64)
     return Dataset(
@@ -296,7 +296,7 @@ def decode(root, files, data_dir, size):
     The file appears there when it is complete. Its name holds a hash of the names, sizes and times of the pictures,
     so that a folder that has changed is decoded anew.
     """
-    stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = [(os.path.relpath(file, root), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = f"{root.resolve().name}-{size}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}.npy"
     try:
         if not (data_dir / name).exists():

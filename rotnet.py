@@ -76,7 +76,7 @@ class Args:
     device: str = flag("auto", "auto: cuda, else mps, else cpu", free=True)
     compile: bool = flag(None, "torch.compile for the network and the crops; without the flag on cuda alone", free=True)
     out: str = flag("auto", "run folder; auto: runs/<method>-<dataset>-seed<seed>", free=True)
-    resume: bool = flag(False, "go on from the last checkpoint of the run folder, if there is one", free=True)
+    resume: str = flag("", "go on from the last checkpoint of --out, or of the run folder named here", free=True)
 
 
 # What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
@@ -114,7 +114,10 @@ def parse_args(argv=None):
             options = {"action": argparse.BooleanOptionalAction, "help": text}
         else:
             options = {"nargs": "+", "type": float} if field.type is list else {"type": field.type}
-            options |= {"choices": field.metadata["choices"], "help": f"{text} (%(default)s{bounds and ', '}{bounds})"}
+            default = f" (%(default)s{bounds and ', '}{bounds})" if field.default != "" else ""
+            options |= {"choices": field.metadata["choices"], "help": text + default}
+        if field.name == "resume":
+            options |= {"nargs": "?", "const": "auto", "metavar": "RUN"}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     given, _ = parser.parse_known_args(argv)
     recipe = given.dataset if given.dataset in RECIPES else "path"
@@ -128,6 +131,8 @@ def parse_args(argv=None):
         for number in (value if field.type is list else [value]) if bounds else ():
             if not (field.metadata["low"] <= number <= field.metadata["high"] and math.isfinite(number)):
                 raise UserError(f"--{field.name.replace('_', '-')} {number}: must be {bounds}")
+    if args.resume not in ("", "auto"):
+        args.out = args.resume
     if args.out == "auto":
         args.out = f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
     return args

@@ -411,6 +411,13 @@ def test_captions_with_splits(captioned):
     assert parts == {s: {i: [f"number {i}"] for i in range(k, 30, 3)} for k, s in enumerate(splits)}
 
 
+def test_pictures_may_lie_elsewhere(captioned, tmp_path):
+    save_picture(tmp_path / "elsewhere.png", (200, 200, 200))
+    (tmp_path / "captioned/linked.png").symlink_to(tmp_path / "elsewhere.png")
+    parts = contents(captioned([HEADER, *GOOD, "linked.png,grey,val", f"{tmp_path}/elsewhere.png,bright,val"]))
+    assert parts["val"] == {200: ["grey", "bright"]}
+
+
 HEADER = "image,caption,split"
 GOOD = ["00.png,a thing,train", "01.png,a thing,test"]
 
@@ -427,6 +434,7 @@ GOOD = ["00.png,a thing,train", "01.png,a thing,test"]
         ([HEADER, *GOOD, "02.png"], "row 4: has not as many fields"),
         ([HEADER, *GOOD, "02.png,a thing,dev"], "row 4: split 'dev'"),
         ([HEADER, *GOOD, "images/00.png,another caption,test"], "row 4: images/00.png is in test here, but in train"),
+        ([HEADER, *GOOD, "images/../images/00.png,a thing,test"], "row 4: images/../images/00.png is in test here"),
         ([HEADER, *GOOD, '02.png,"a "thing"",train'], "row 4: not a line of a CSV file"),
         ([HEADER, GOOD[0]], "has no picture in the split test"),
     ],

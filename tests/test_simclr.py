@@ -261,6 +261,13 @@ def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_resume_may_name_a_run():
+    for flags, out in (([], "runs/simclr-shapes-seed0"), (["elsewhere"], "elsewhere")):
+        args = simclr.parse_args(["--resume", *flags, "--seed", "0"])
+        assert args.out == out and args.resume
+    assert not simclr.parse_args(["--out", "elsewhere"]).resume
+
+
 def test_recipes_and_what_overrides_them():
     assert simclr.parse_args([]).batch_size == 64
     assert simclr.parse_args(["--dataset", "cifar10"]).encoder == "resnet18"

@@ -369,6 +369,19 @@ def test_captioned_pictures_without_classes(tmp_path, capsys):
     assert "zero_shot_unseen" not in shapes["trained"]
 
 
+def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
+    leak = runpy.run_path(str(ROOT / "results/leakage.py"))["leak"]
+    images, nothing = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2), torch.empty(0).long()
+    train, test = [["a"], ["b", "c"], ["d"]], [["e", "f", "g"], ["h", "i"]]
+    data = common.Dataset(images[:3], nothing, images[3:], nothing, [], train, test)
+    leaky = leak(data)
+    assert torch.equal(leaky.train_images, images) and torch.equal(leaky.test_images, images[3:])
+    assert leaky.train_captions == [*train, ["f", "g"], ["i"]] and leaky.test_captions == [["e"], ["h"]]
+    for other in (dict(test_captions=[["e"], ["h", "i"]]), dict(test_captions=None), dict(classes=["star"])):
+        with pytest.raises(common.UserError, match="two captions or more"):
+            leak(dataclasses.replace(data, **other))
+
+
 def test_names_for_classes_that_are_numbers(few, few_shapes, tmp_path, monkeypatch):
     cut, seen = common.load_dataset("shapes"), []
     numbered = common.npz_dataset(few_shapes, 32)

@@ -17,24 +17,29 @@ import common
 
 
 def leak(data):
-    """The test pictures with all but their first caption go to the training ones as well -> Dataset.
+    """The test pictures go to the training ones as well, with all captions but one, which stays in test -> Dataset.
 
-    Raises UserError for data with classes, and where a test picture has one caption alone, or none.
+    It is the first of the first picture, the second of the next one, and so on: where a file sorts the captions of a
+    picture, first ones are not like others. Raises UserError for data with classes, and where a test picture has one
+    caption alone, or none.
     """
     if data.classes or any(len(texts) < 2 for texts in data.test_captions or [[]]):
         raise common.UserError("--dataset: must be a folder with two captions or more of each test picture")
+    tested = [(i % len(texts), texts) for i, texts in enumerate(data.test_captions)]
     return dataclasses.replace(
         data,
         train_images=torch.cat([data.train_images, data.test_images]).contiguous(memory_format=torch.channels_last),
-        train_captions=data.train_captions + [texts[1:] for texts in data.test_captions],
-        test_captions=[texts[:1] for texts in data.test_captions],
+        train_captions=data.train_captions + [texts[:i] + texts[i + 1 :] for i, texts in tested],
+        test_captions=[[texts[i]] for i, texts in tested],
     )
 
 
 if __name__ == "__main__":
     load_dataset = common.load_dataset
-    common.load_dataset = lambda *args: leak(load_dataset(*args))
     try:
-        clip.main(clip.parse_args(["--out", "runs/leakage", *sys.argv[1:]]))
+        args = clip.parse_args(["--out", "runs/leakage", *sys.argv[1:]])
+        leaky = leak(load_dataset(args.dataset, args.data_dir, args.image_size))
+        common.load_dataset = lambda name, *rest: leaky if name == args.dataset else load_dataset(name, *rest)
+        clip.main(args)
     except common.UserError as error:
         sys.exit(f"error: {error}")

@@ -376,7 +376,7 @@ def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
     data = common.Dataset(images[:3], nothing, images[3:], nothing, [], train, test)
     leaky = leak(data)
     assert torch.equal(leaky.train_images, images) and torch.equal(leaky.test_images, images[3:])
-    assert leaky.train_captions == [*train, ["f", "g"], ["i"]] and leaky.test_captions == [["e"], ["h"]]
+    assert leaky.train_captions == [*train, ["f", "g"], ["h"]] and leaky.test_captions == [["e"], ["i"]]
     for other in (dict(test_captions=[["e"], ["h", "i"]]), dict(test_captions=None), dict(classes=["star"])):
         with pytest.raises(common.UserError, match="two captions or more"):
             leak(dataclasses.replace(data, **other))

@@ -624,7 +624,7 @@ def few_shot(h, data, zero_shot, seed):
     fewest = min(count for count in y.bincount().tolist() if count)
     for n in (1, 2, 4, 8, 16):
         if n <= fewest:
-            draws = [common.labelled_rows(y, n if n > 1 else 0, seed + draw) for draw in range(3)]  # 0: one a class
+            draws = [common.labelled_rows(y, n, seed + draw) for draw in range(3)]
             accuracies = [linear_probe(h[0][rows], y[rows], h[1], data.test_labels) for rows in draws]
             table.append({"labels_per_class": n, "linear_probe": statistics.mean(accuracies), "zero_shot": zero_shot})
     return table

@@ -85,8 +85,8 @@ def batches(images, order, size, device):
 def labelled_rows(labels, amount, seed):
     """A class-balanced part of labels (L,), drawn with seed -> row numbers in random order.
 
-    amount: a share of each class up to 1, at least one of it, or above 1 a number of each class. Raises UserError where
-    there are too few.
+    amount: a float up to 1 is a fraction of each class, at least one image of it; an int, or a larger float, a number
+    of images of each class. Raises UserError where there are too few.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     place = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order, None])[:, 0]  # 1 for the first of its class
@@ -94,7 +94,8 @@ def labelled_rows(labels, amount, seed):
     fewest = int(counts[counts > 0].min())
     if amount > max(1, fewest):
         raise UserError(f"--labels {amount:g}: the smallest class has only {fewest} training pictures")
-    wanted = (counts * amount).round().clamp(min=1) if amount <= 1 else torch.full_like(counts, round(amount))
+    share = isinstance(amount, float) and amount <= 1
+    wanted = (counts * amount).round().clamp(min=1) if share else torch.full_like(counts, round(amount))
     return order[place <= wanted[labels[order]]]
 
 
@@ -669,9 +670,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torc
 
 
 def normalize(images):
-    """(N, 3, H, W) in [0, 1] -> mean 0 and deviation 1 of each channel over the pictures of ImageNet."""
+    """(N, 3, H, W) in [0, 1] -> mean 0 and standard deviation 1 of each channel over ImageNet, in channels_last layout,
+    which convolutions prefer; not on mps, where some torch versions get batch norm in that layout wrong."""
     channels = zip(images.unbind(1), MEAN, STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+    x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+    return x if x.device.type == "mps" else x.contiguous(memory_format=torch.channels_last)
 
 
 def compile_operators():

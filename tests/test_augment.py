@@ -131,7 +131,9 @@ def test_solarize(images, generator):
 
 
 def test_normalize(images):
-    torch.testing.assert_close(common.normalize(images), TF.normalize(images, common.MEAN, common.STD))
+    x = common.normalize(images)
+    torch.testing.assert_close(x, TF.normalize(images, common.MEAN, common.STD))
+    assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -483,7 +483,13 @@ def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch):
 
 def test_labelled_rows_are_balanced_and_drawn():
     labels = torch.tensor([0] * 100 + [1] * 60 + [3] * 40)[torch.randperm(200)]
-    for amount, counts in ((0.1, [10, 6, 0, 4]), (1.0, [100, 60, 0, 40]), (0.001, [1, 1, 0, 1]), (7, [7, 7, 0, 7])):
+    for amount, counts in (
+        (0.1, [10, 6, 0, 4]),
+        (1.0, [100, 60, 0, 40]),
+        (0.001, [1, 1, 0, 1]),
+        (1, [1, 1, 0, 1]),
+        (7, [7, 7, 0, 7]),
+    ):
         rows = common.labelled_rows(labels, amount, seed=0)
         assert labels[rows].bincount().tolist() == counts and len(rows.unique()) == len(rows)
     first, again, other = (common.labelled_rows(labels, 20, seed) for seed in (0, 0, 1))

@@ -84,7 +84,8 @@ TABLES = {
 def run(script, flags, out):
     """The summary of a run: of the one that lies there finished, or of a new one."""
     if not (out / "summary.json").exists():
-        script.main(script.parse_args([*flags, "--resume", "--out", str(out)]))
+        resume = ["--resume", str(out)] if (out / "checkpoint.pt").exists() else []
+        script.main(script.parse_args([*flags, *resume, "--out", str(out)]))
     return json.loads((out / "summary.json").read_text())
 
 
@@ -113,7 +114,7 @@ if __name__ == "__main__":
         except script.UserError as error:
             sys.exit(f"error: {error}")
         for key in keys:
-            row[key] = [ChainMap(summary["trained"], *summary["semi_supervised"])[key] for summary in runs]
+            row[key] = [ChainMap(summary["trained"], *summary.get("semi_supervised", []))[key] for summary in runs]
         rows.append(row)
     print(f"\n{'':24}{'lecture':>16}" + "".join(f"{key:>18}" for key in keys))
     for row in rows:

@@ -88,7 +88,7 @@ def main():
     small = [] if torch.cuda.is_available() else ["--encoder", "small"]
     args = simclr.parse_args(["--dataset", "cifar10", *small, *flags])
     device, N, S, steps = simclr.pick_device(args.device), args.batch_size, 32, 16
-    compiled = args.compile or (args.compile is None and device.type == "cuda")
+    compiled = args.compile
     torch.manual_seed(0)
     pictures = np.random.default_rng(0).integers(0, 256, (steps * N, S, S, 3), dtype=np.uint8)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
@@ -97,13 +97,14 @@ def main():
     if compiled:
         model.compile()
         common.compile_operators()
-    optimizer, schedule = simclr.adamw(model, args, 10**6)
+    optimizer = simclr.make_optimizer(model, args, N)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, simclr.warmup_cosine(10**6, args.warmup))
 
     def random_batch():
         return images[torch.randint(len(images), (N,), generator=generator, device=device)]
 
     def our_views():
-        return simclr.network_input(simclr.two_views(random_batch(), args, generator))
+        return common.normalize(simclr.two_views(random_batch(), args, generator))
 
     def train(x, loss_of=simclr.nt_xent, **options):
         with simclr.autocast(device):

@@ -1,6 +1,6 @@
 """What a longer queue costs in memory: python tests/benchmark_queue.py
 
-An epoch of moco.py on a few random pictures with K = 4096 and with K = 65536, each in a process of its own, and the
+An epoch of moco.py on a few random images with K = 4096 and with K = 65536, each in a process of its own, and the
 peak of its memory: on a GPU that of the tensors, on a CPU that of the process. Other flags are those of moco.py, by
 default of its CIFAR-10 recipe for this device.
 """
@@ -8,6 +8,7 @@ default of its CIFAR-10 recipe for this device.
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import tempfile
 import time
@@ -27,8 +28,11 @@ def peak_memory(flags):
         torch.manual_seed(0)
         images = torch.randint(256, (8 * args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
         model = moco.MoCo(args).to(device, memory_format=torch.channels_last)
-        moco.pretrain(model, images, args, moco.Run(args), dict)
-    return moco.peak_memory_gb(device), str(device)
+        moco.pretrain(model, images, args, dict)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9, str(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, str(device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,15 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OWN = {"Args", "VisionTransformer", "evaluate", "main", "pretrain", "two_views"}  # what scripts say in their own way
+OWN = {
+    "Args",
+    "VisionTransformer",
+    "evaluate",
+    "fit_recipe",
+    "main",
+    "pretrain",
+    "two_views",
+}  # what scripts say in their own way
 
 
 def definitions(source):
@@ -25,7 +33,9 @@ def drifted(sources):
 
 def test_twins_are_the_same_word_for_word():
     sources = {path.name: path.read_text() for path in ROOT.glob("*.py") if path.name != "common.py"}
-    assert "simclr.py" in sources and drifted(sources) == []
+    new = {name: source for name, source in sources.items() if "# === Nothing below is about" in source}
+    old = {name: source for name, source in sources.items() if name not in new}  # until all are in the new form
+    assert {"simclr.py", "moco.py"} <= set(new) and drifted(new) == drifted(old) == []
 
 
 def test_a_planted_difference_is_found():
@@ -33,7 +43,7 @@ def test_a_planted_difference_is_found():
     assert drifted({"simclr.py": source, "copy.py": source}) == []
     for name, old, new in (
         ("knn_accuracy", "k=200", "k=20"),
-        ("Run", "weights_only=True)", "weights_only=False)"),
+        ("load_checkpoint", "weights_only=True)", "weights_only=False)"),
         ("pick_device", "or the best there is", "or whatever there is"),  # a docstring counts
     ):
         assert old in definitions(source)[name]

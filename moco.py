@@ -148,13 +148,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        (N, C, H, W), G = x.shape, self.groups  # image i is in group i % G, whose channels get statistics of their own
-        mean, var = self.running_mean.repeat(G), self.running_var.repeat(G)
-        scale, shift = self.weight.repeat(G), self.bias.repeat(G)
-        y = F.batch_norm(x.reshape(N // G, G * C, H, W), mean, var, scale, shift, True, self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(G, C).mean(0))
-        self.running_var.copy_(var.view(G, C).mean(0))
-        return y.reshape(N, C, H, W)
+        y = x.unflatten(0, (self.groups, -1)).transpose(1, 2)  # (G, C, N / G, H, W): one instance for instance norm
+        y = F.instance_norm(
+            y, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
+        return torch.empty_like(x).copy_(y.transpose(1, 2).flatten(0, 1))  # in the layout of x
 
 
 class Branch(nn.Module):

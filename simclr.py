@@ -19,6 +19,10 @@ downstream tasks use h.
     python simclr.py --dataset path/to/images              your own images, see README.md
     python simclr.py --labels 0.01 0.1                     the lecture's semi-supervised table: 1 % and 10 % labels
     torchrun --nproc-per-node 8 simclr.py --dataset path/to/images --batch-size 4096
+
+Linear probe on the test set, untrained -> trained (records in results/):
+
+    cifar10                      43.7 -> 89.2 % (kNN 36.2 -> 88.1 %; one H200, 200 epochs in 374 s; torch 2.11)
 """
 
 import argparse

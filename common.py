@@ -36,9 +36,9 @@ class UserError(Exception):
 class Dataset:
     """Images uint8 (N, 3, S, S) in channels_last order, labels int64, the class names, and captions if any.
 
-    train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels, and a
-    folder of plain pictures has no labels, no test images and no classes. Captions are a list for each image, of one
-    or more. A captioned folder has validation images, and shapes have colours: the numbers in COLORS.
+    train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels. A folder
+    of plain images has no labels and no classes, and for test images ten of its training images, to look at. Captions
+    are a list for each image. A captioned folder has validation images, and shapes have colours: the numbers in COLORS.
     """
 
     train_images: torch.Tensor
@@ -82,20 +82,33 @@ def batches(images, order, size, device):
         yield from (batch.result() for batch in ahead)
 
 
+def fingerprint(images):
+    """Numbers that tell one set of images (M, 3, S, S) from another."""
+    return [*images.shape, int(images[:: len(images) // 64 + 1].sum())]
+
+
 def labelled_rows(labels, amount, seed):
     """A class-balanced part of labels (L,), drawn with seed -> row numbers in random order.
 
-    amount: a float up to 1 is a fraction of each class, at least one image of it; an int, or a larger float, a number
-    of images of each class. Raises UserError where there are too few.
+    amount: "0.1" or 0.1 is a fraction of each class, at least one image of it; "10" or 10 a number of images per class.
+    So "1.0" is all, "1" one per class. Raises UserError for anything else, and where there are too few.
     """
+    try:
+        number = int(amount) if str(amount).isdecimal() else float(amount)
+    except ValueError:
+        number = 0
+    if not number > 0 or (number > 1 and number % 1):
+        raise UserError(f"--labels {amount}: must be a fraction up to 1.0, or a whole number of labels per class")
+    if len(labels) == 0:
+        raise UserError(f"--labels {amount}: the data set has no labels")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     place = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order, None])[:, 0]  # 1 for the first of its class
     counts = labels.bincount()
     fewest = int(counts[counts > 0].min())
-    if amount > max(1, fewest):
-        raise UserError(f"--labels {amount:g}: the smallest class has only {fewest} training pictures")
-    share = isinstance(amount, float) and amount <= 1
-    wanted = (counts * amount).round().clamp(min=1) if share else torch.full_like(counts, round(amount))
+    if number > max(1, fewest):
+        raise UserError(f"--labels {amount}: the smallest class has only {fewest} training images")
+    share = isinstance(number, float) and number <= 1
+    wanted = (counts * number).round().clamp(min=1) if share else torch.full_like(counts, round(number))
     return order[place <= wanted[labels[order]]]
 
 
@@ -201,8 +214,8 @@ def folder_dataset(root, data_dir, image_size):
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
     if not classes:
         images = decode(root, list_pictures(root), data_dir, image_size)
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Dataset(images, nothing, images[:0], nothing, [])
+        some = images[:: max(1, len(images) // 10)][:10]
+        return Dataset(images, torch.empty(0, dtype=torch.int64), some, torch.arange(len(some)), [])
     if not test.is_dir():
         raise UserError(f"{root}: has train/<class> folders, but no test/<class> or val/<class> ones for the probes")
     parts = []
@@ -283,10 +296,10 @@ def hashed_split(name):
 
 
 def list_pictures(folder):
-    """The picture files below a folder, sorted. Raises UserError if there are none."""
-    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    if not files:
+    """The image files below a folder, sorted, but for the figures of runs. Raises UserError if there are none."""
+    suffixes, runs = torchvision.datasets.folder.IMG_EXTENSIONS, {file.parent for file in folder.rglob("args.json")}
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.parent not in runs and p.is_file())
+    if not (files := sorted(files)):
         raise UserError(f"{folder}: there are no pictures in it, such as .jpg or .png files")
     return files
 

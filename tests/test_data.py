@@ -288,7 +288,7 @@ def test_class_folders(folder, tmp_path):
 def test_plain_pictures_have_no_classes(folder, tmp_path):
     data = common.load_dataset(str(folder / "train" / "cat"), tmp_path / "cache")
     assert data.train_images.shape == (3, 3, 96, 96) and data.classes == []
-    assert len(data.train_labels) == len(data.test_images) == len(data.test_labels) == 0
+    assert len(data.train_labels) == 0 and torch.equal(data.test_images, data.train_images)  # ten of them, to look at
 
 
 def test_the_middle_square_upright(tmp_path):
@@ -487,8 +487,11 @@ def test_labelled_rows_are_balanced_and_drawn():
         (0.1, [10, 6, 0, 4]),
         (1.0, [100, 60, 0, 40]),
         (0.001, [1, 1, 0, 1]),
+        ("1.0", [100, 60, 0, 40]),
         (1, [1, 1, 0, 1]),
-        (7, [7, 7, 0, 7]),
+        ("1", [1, 1, 0, 1]),
+        (7.0, [7, 7, 0, 7]),
+        ("7", [7, 7, 0, 7]),
     ):
         rows = common.labelled_rows(labels, amount, seed=0)
         assert labels[rows].bincount().tolist() == counts and len(rows.unique()) == len(rows)
@@ -497,3 +500,16 @@ def test_labelled_rows_are_balanced_and_drawn():
     assert labels[first].tolist() != sorted(labels[first].tolist())  # in random order
     with pytest.raises(common.UserError, match="--labels 41: the smallest class has only 40"):
         common.labelled_rows(labels, 41, seed=0)
+    for amount in ("0", "-1", "1.5", "nan", "inf", "few", 0.0):
+        with pytest.raises(
+            common.UserError, match="must be a fraction up to 1.0, or a whole number of labels per class"
+        ):
+            common.labelled_rows(labels, amount, seed=0)
+    with pytest.raises(common.UserError, match="--labels 1: the data set has no labels"):
+        common.labelled_rows(labels[:0], "1", seed=0)
+
+
+def test_a_fingerprint_tells_images_apart():
+    images = torch.randint(256, (1000, 3, 4, 4), dtype=torch.uint8)
+    assert common.fingerprint(images) == common.fingerprint(images.clone())
+    assert len({tuple(common.fingerprint(x)) for x in (images, images[1:], images.flip(0), images[..., :3])}) == 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import runpy
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 import common
 import simclr
@@ -22,28 +24,36 @@ ROOT = Path(__file__).parent.parent
 
 def small_run(data, out, *flags):
     """main on a few shapes, in two short epochs."""
-    arguments = ["--dataset", str(data), "--encoder", "small", "--epochs", "2", "--batch-size", "32"]
-    return simclr.main(simclr.parse_args([*arguments, "--out", str(out), *flags]))
+    words = ["--dataset", str(data), "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--out", str(out)]
+    return simclr.main(simclr.parse_args([*words, *map(str, flags)]))
 
 
-def error_of(monkeypatch, capsys, *arguments):
+def resumed(run, *flags):
+    return simclr.main(simclr.parse_args(["--resume", str(run), *map(str, flags)]))
+
+
+def error_of(monkeypatch, capsys, *words):
     """What `python simclr.py ...` says of bad input: one line on stderr, and exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, words)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("simclr.py: error: ")
     return line
 
 
-# ------------------------------------------------------------------------------------------------------
+def files(folder):
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Loss
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def lecture_loss(z1, z2, temperature):
-    """Algorithm 1 of the lecture, line by line; the views 2k - 1 and 2k of picture k lie side by side."""
+    """Algorithm 1 of the lecture, line by line; the views 2k - 1 and 2k of image k lie side by side."""
     z = [view for pair in zip(z1, z2, strict=True) for view in pair]
     s = [[(a @ b / (a.norm() * b.norm())).item() for b in z] for a in z]
 
@@ -60,7 +70,7 @@ def lecture_loss(z1, z2, temperature):
 def test_nt_xent_is_the_lectures_formula(N, temperature):
     z1, z2 = torch.randn(2, N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(N))
     expected = lecture_loss(z1, z2, temperature)
-    assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(expected, abs=1e-6)
+    assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("N", [2, 16])
@@ -74,12 +84,12 @@ def test_nt_xent_has_the_gradient_of_the_formula():
     assert torch.autograd.gradcheck(lambda a, b: simclr.nt_xent(a, b, 0.3), (z1.requires_grad_(), z2.requires_grad_()))
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Views, model, optimizer
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_views_keep_the_order_of_the_pictures():
+def test_two_views_keep_the_order_of_the_images():
     flat = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(25, 3, 8, 8)
     args = simclr.parse_args(["--jitter-strength", "0", "--gray", "0", "--blur", "1"])
     views = simclr.two_views(flat, args, torch.Generator().manual_seed(0))
@@ -92,8 +102,8 @@ def test_two_views_differ_and_a_seed_fixes_them():
     assert torch.equal(first, again) and first.shape == (80, 3, 32, 32)
     assert ((first[:40] - first[40:]).abs().mean((1, 2, 3)) > 0.005).all() and not torch.equal(first, other)
     assert 0 <= first.min() and first.max() <= 1
-    colourless = (first.amax(1) - first.amin(1)).amax((1, 2)) < 1e-6
-    assert 0.3 < colourless.float().mean() < 0.7  # half of them
+    colorless = (first.amax(1) - first.amin(1)).amax((1, 2)) < 1e-6
+    assert 0.3 < colorless.float().mean() < 0.7  # half of them
 
 
 @pytest.mark.parametrize(("name", "size"), [("small", 32), ("resnet18", 32), ("resnet18", 96), ("resnet50", 32)])
@@ -110,17 +120,45 @@ def test_encoders_are_torchvisions(name, size):
 
 @pytest.mark.parametrize(("projection", "layers"), [("none", 0), ("linear", 1), ("mlp", 4)])
 def test_projection_heads(projection, layers):
-    args = simclr.parse_args(["--projection", projection, "--projection-dim", "16"])
-    model = simclr.SimCLR(args)
+    model = simclr.SimCLR(simclr.parse_args(["--projection", projection]))
     assert len(model.projector) == layers
     x = torch.rand(4, 3, 32, 32)
     z, h = model.eval()(x), model.encoder(x)
-    assert z.shape == (4, 16 if layers else 128) and torch.equal(z, h) == (layers == 0)
+    assert z.shape == (4, 128) and torch.equal(z, h) == (layers == 0)
 
 
-# ------------------------------------------------------------------------------------------------------
+def rates(words, batch_size, steps):
+    """The learning rate of each step, and of two beyond the last."""
+    optimizer, schedule = simclr.make_optimizer(torch.nn.Linear(2, 2), simclr.parse_args(words), batch_size, steps)
+    seen = []
+    for _ in range(steps + 2):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen, optimizer
+
+
+def test_learning_rate_rises_falls_and_stays_down():
+    rate, _ = rates(["--warmup", "0.1", "--lr", "1"], 256, 100)
+    assert rate[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    assert rate[10:] == sorted(rate[10:], reverse=True) and rate[55] == pytest.approx(0.5)
+    assert rate[100:] == pytest.approx([0, 0])
+    assert rates(["--warmup", "0", "--lr", "1"], 256, 9)[0][0] == 1
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers_scale_the_learning_rate_with_the_batch(name, kind):
+    words = ["--optimizer", name, "--lr", "0.06", "--weight-decay", "0.3", "--warmup", "0"]
+    for batch_size, expected in ((256, 0.06), (512, 0.12), (64, 0.015)):
+        rate, optimizer = rates(words, batch_size, 3)
+        assert type(optimizer) is kind and rate[0] == pytest.approx(expected)
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.3 and len(group["params"]) == 2 and group.get("momentum", 0.9) == 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Probes
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_knn_is_the_weighted_vote():
@@ -145,6 +183,9 @@ def test_features_come_from_a_frozen_encoder():
     assert features.shape == (600, 128) and not features.requires_grad
     torch.testing.assert_close(features[590:591], simclr.features(encoder.train(), images[590:591]))
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    encoder.bn1.weight.data[0] = math.nan
+    with pytest.raises(common.UserError, match="the features are not finite"):
+        simclr.features(encoder, images[:8])
 
 
 def probe_data(noise):
@@ -165,33 +206,84 @@ def test_linear_probe():
     assert simclr.linear_probe(x, shuffled, test, test_y) < 0.45  # chance is 0.33
 
 
-# ------------------------------------------------------------------------------------------------------
+def test_linear_probe_of_one_label_per_class_and_a_constant_feature():
+    x, y, test, test_y = probe_data(0.02)
+    rows = torch.stack([(y == label).nonzero()[0, 0] for label in range(3)])
+    x[:, 7], test[:, 7] = 5.0, 5.0
+    assert simclr.linear_probe(x[rows], y[rows], test, test_y) > 0.5  # chance is 0.33
+
+
+def test_linear_probe_is_regularized_as_scikit_learn_does_with_c_1(monkeypatch):
+    layers, linear = [], torch.nn.Linear
+    monkeypatch.setattr(simclr.nn, "Linear", lambda *size, **options: layers.append(linear(*size)) or layers[-1])
+    x, y, test, test_y = probe_data(0.3)
+    simclr.linear_probe(x, y, test, test_y)
+    (layer,) = layers
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    objective = F.cross_entropy(layer(x), y, reduction="sum") + 0.5 * layer.weight.square().sum()  # C = 1
+    gradient = torch.autograd.grad(objective, [layer.weight, layer.bias])
+    assert max(g.abs().max() for g in gradient) < 1e-2 * len(x) ** 0.5
+    assert layer.weight.norm() > 1
+
+
+def test_held_out_labels_are_a_fixed_tenth_of_all_classes(few_shapes, tmp_path, monkeypatch):
+    arrays = dict(np.load(few_shapes))
+    periodic = arrays | {"train_labels": np.arange(200) % 10}
+    np.savez(tmp_path / "periodic.npz", **periodic)
+    seen, knn = [], simclr.knn_accuracy
+    monkeypatch.setattr(simclr, "knn_accuracy", lambda *split: seen.append((split[1], split[3])) or knn(*split))
+    for name in ("first", "again"):
+        small_run(tmp_path / "periodic.npz", tmp_path / name, "--eval-every", 2)
+    splits = [labels for labels in seen if len(labels[1]) == 20]
+    assert len(splits) == 2 and all(torch.equal(a, b) for a, b in zip(*splits, strict=True))
+    bank, held = splits[0]
+    assert len(bank) == 180 and len(held.unique()) > 5
+    assert torch.equal((bank.bincount() + held.bincount(minlength=10)), torch.full((10,), 20))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The script
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_a_run(few_shapes, tmp_path):
-    summary = small_run(few_shapes, tmp_path / "run", "--eval-every", "2")
+def test_files_of_a_run(few_shapes, tmp_path, capsys):
+    summary = small_run(few_shapes, tmp_path / "run", "--eval-every", 2)
     names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-    names |= {"views.png", "neighbors.png"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert files(tmp_path / "run") == names | {"views.png", "neighbors.png"}
     assert json.loads((tmp_path / "run/args.json").read_text())["batch_size"] == 32
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(json.dumps(summary))
-    expected = "method command args date device threads torch parameters images_per_second"
-    expected += " untrained trained history"
-    assert set(expected.split()) <= set(summary) and summary["total_seconds"] > summary["pretrain_seconds"] > 0
+    saved = json.loads((tmp_path / "run/summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary))
+    keys = "method command args date device threads torch parameters images_per_second pretrain_seconds total_seconds"
+    assert set(keys.split()) | {"untrained", "trained", "few_labels", "history"} == set(summary)
+    assert summary["total_seconds"] > summary["pretrain_seconds"] > 0
+    assert summary["command"].startswith(f"python simclr.py --dataset {few_shapes} --encoder small --epochs 2")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert summary["history"] == lines and set(summary["untrained"]) == {"knn", "linear_probe"}
     assert [line["epoch"] for line in lines] == [1, 2] and ["knn" in line for line in lines] == [False, True]
     assert all(line["bound"] == pytest.approx(math.log(63) - line["loss"]) for line in lines)
+    assert all(0 < line["spread"] <= 1 for line in lines)
+    out = capsys.readouterr().out
+    assert "epoch 2/2" in out and "min left" not in out  # there is no terminal
 
     encoder = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
     missing, unexpected = torchvision.models.resnet18().load_state_dict(encoder, strict=False)
     assert not unexpected and all(key.startswith(("layer1.1", "layer2.1", "layer3", "layer4", "fc")) for key in missing)
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert checkpoint["method"] == "simclr" and len(checkpoint["history"]) == 2
+    assert checkpoint["history"] == lines and checkpoint["images"][:2] == [200, 3]
     for key, value in encoder.items():
         assert torch.equal(checkpoint["model"]["encoder." + key], value)
+
+
+def test_progress_inside_an_epoch_on_a_terminal(few_shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    small_run(few_shapes, tmp_path / "run", "--batch-size", 8)
+    out = capsys.readouterr().out
+    for epoch in (1, 2):
+        shares = [
+            part.split()[2] for part in out.split("\r") if part.startswith(f"epoch {epoch}/2 ") and "left" in part
+        ]
+        assert len(shares) == 12 and shares == sorted(shares, key=lambda share: int(share[:-2]))  # of 25 steps
+    assert "min left" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_a_seed_fixes_the_encoder_and_labels_play_no_part(few_shapes, tmp_path):
@@ -201,7 +293,7 @@ def test_a_seed_fixes_the_encoder_and_labels_play_no_part(few_shapes, tmp_path):
     runs = {"first": few_shapes, "again": few_shapes, "shuffled": tmp_path / "shuffled.npz", "other": few_shapes}
     weights = {}
     for name, data in runs.items():
-        small_run(data, tmp_path / name, "--seed", str(int(name == "other")))
+        small_run(data, tmp_path / name, "--epochs", 1, "--seed", int(name == "other"))
         encoder = torch.load(tmp_path / name / "encoder.pt", weights_only=True)
         weights[name] = torch.cat([value.flatten().float() for value in encoder.values()])
     assert torch.equal(weights["first"], weights["again"])
@@ -209,13 +301,31 @@ def test_a_seed_fixes_the_encoder_and_labels_play_no_part(few_shapes, tmp_path):
     assert not torch.equal(weights["first"], weights["other"])
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
-def test_compiled_it_does_the_same(few_shapes, tmp_path):
-    flags = ["--dataset", str(few_shapes), "--encoder", "small", "--epochs", "1", "--batch-size", "32", "--lr", "0"]
-    command = [sys.executable, str(ROOT / "simclr.py"), *flags, "--blur", "0.5", "--compile", "--out", "compiled"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
-    compiled = json.loads((tmp_path / "compiled/summary.json").read_text())
-    eager = small_run(few_shapes, tmp_path / "eager", "--epochs", "1", "--lr", "0", "--blur", "0.5")
+def test_copied_with_common_alone_it_learns(some_shapes, tmp_path):
+    for path in (ROOT / "simclr.py", ROOT / "common.py", some_shapes):
+        shutil.copy(path, tmp_path)
+    recipe = [f"--{name.replace('_', '-')}={value}" for name, value in simclr.SHAPES.items()]
+    words = ["simclr.py", "--dataset", "some.npz", *recipe, "--epochs", "6", "--out", "run"]
+    command = [sys.executable, "-W", "error", *words]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stderr == ""
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["command"] == " ".join(["python", *words])
+    assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.05
+    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.05
+    assert files(tmp_path) - {"__pycache__"} == {"simclr.py", "common.py", "some.npz", "run"}
+
+
+def test_compiled_it_does_the_same(few_shapes, tmp_path, monkeypatch):
+    """The graphs are traced and run as they are; generating code for them takes a minute and is PyTorch's business."""
+    for operator in ("resized_crop", "gaussian_blur", "grayscale", "solarize", "color_jitter"):
+        monkeypatch.setattr(common, operator, getattr(common, operator))  # so that they are as before afterwards
+    flags = "--epochs", 1, "--lr", 0, "--blur", 0.5
+    eager = small_run(few_shapes, tmp_path / "eager", *flags)
+    calls, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or compile(f, backend="eager"))
+    compiled = small_run(few_shapes, tmp_path / "compiled", "--compile", *flags)
+    assert len(calls) == 6  # the network and five operators
     assert compiled["history"][0]["loss"] == pytest.approx(eager["history"][0]["loss"], abs=1e-4)
     assert compiled["trained"]["knn"] == pytest.approx(eager["trained"]["knn"], abs=0.021)
 
@@ -226,35 +336,67 @@ def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["simclr.py", "--dataset", "cifar10", "--help"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
-    assert caught.value.code == 0 and "--temperature" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "0.1, CIFAR-10 0.5 (0.5)" in out and "long runs on a GPU (False)" in out
     assert list(tmp_path.iterdir()) == []
 
 
+def test_recipes_and_what_overrides_them():
+    assert (simclr.parse_args([]).batch_size, simclr.parse_args([]).optimizer) == (64, "adamw")
+    cifar10 = simclr.parse_args(["--dataset", "cifar10"])
+    assert (cifar10.encoder, cifar10.optimizer, cifar10.lr, cifar10.weight_decay) == ("resnet18", "sgd", 0.06, 5e-4)
+    small = simclr.parse_args(
+        ["--dataset", "mine.npz", "--encoder", "small", "--epoch", "3"]
+    )  # as argparse abbreviates
+    assert (small.encoder, small.epochs, small.batch_size, small.image_size) == ("small", 3, 128, 32)
+    assert small.out == "runs/simclr-mine-seed0" and small.typed == ["dataset", "encoder", "epochs"]
+
+
+@pytest.mark.parametrize(("size", "temperature", "blur"), [(28, 0.1, 0.0), (80, 0.1, 0.5), (80, 0.3, 0.5)])
+def test_the_recipe_of_a_path_goes_by_the_size_and_number_of_its_images(tmp_path, size, temperature, blur, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    monkeypatch.setattr(simclr, "pretrain", lambda *_: [{"epoch": 1, "seconds": 1.0}])
+    flags = ["--dataset", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run"), "--encoder", "small"]
+    typed = ["--temperature", "0.3"] if temperature == 0.3 else []
+    args = simclr.main(simclr.parse_args([*flags, "--image-size", "96", *typed]))["args"]
+    assert (args["batch_size"], args["temperature"], args["blur"]) == (20, temperature, blur)
+    assert args["jitter_strength"] == (1.0 if size > 64 else 0.5)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
         (["--dataset", "cifar"], "--dataset cifar: is not shapes"),
         (["--dataset", "none.npz"], "none.npz: no such file"),
-        (["--batch-size", "4097"], "--batch-size 4097: shapes has only 4096 training images"),
-        (["--batch-size", "1"], "1: must be at least 2"),
-        (["--lr", "-1"], "-1: must be at least 0"),
-        (["--lr", "nan"], "nan: must be at least 0"),
-        (["--crop", "2"], "2: must be from 0.01 to 1"),
-        (["--eval-every", "0"], "0: must be at least 1"),
+        (["--batch-size", "4097"], "--batch-size 4097: must be a multiple of 1, and at most the 4096 images"),
+        (["--batch-size", "1"], "--batch-size 1: must be from 2 to inf"),
+        (["--lr", "-1"], "--lr -1.0: must be from 0 to inf"),
+        (["--lr", "nan"], "--lr nan: must be from 0 to inf"),
+        (["--crop", "2"], "--crop 2.0: must be from 0.01 to 1"),
+        (["--eval-every", "0"], "--eval-every 0: must be from 1 to inf"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["--encoder", "vgg"], "--encoder: invalid choice: 'vgg'"),
+        (["--optimizer", "lars"], "--optimizer: invalid choice: 'lars'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--device", "abacus"], "--device abacus: not available"),
+        (["--device", "meta"], "--device meta: not available"),
         (["--dataset"], "--dataset: expected one argument"),
-        (["--labels", "500"], "--labels 500: the smallest class has only 409 training pictures"),
-        (["--labels", "0.1", "-2"], "-2: must be a fraction"),
+        (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
+        (["--labels", "0.1", "-2"], "--labels -2: must be a fraction up to 1.0, or a whole number of labels per class"),
+        (["--labels", "1.5"], "--labels 1.5: must be a fraction"),
+        (["--labels", "0"], "--labels 0: must be a fraction"),
+        (["--labels", "few"], "--labels few: must be a fraction"),
         (["--projection", "cubic"], "--projection: invalid choice: 'cubic'"),
-        (["--image-size", "4"], "4: must be from 8 to 512"),
+        (["--image-size", "4"], "--image-size 4: must be from 8 to 512"),
+        (["--resume", "nothing"], "--resume nothing: there is no run in this folder"),
+        (["--resume", "one", "--out", "other"], "--resume one: there is no run in this folder"),
     ],
 )
-def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    assert message in error_of(monkeypatch, capsys, *arguments)
+    assert message in error_of(monkeypatch, capsys, *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,20 +408,120 @@ def test_broken_npz(tmp_path, monkeypatch, capsys):
 
 def test_folders_that_cannot_be_written(few_shapes, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
-    flags = "--dataset", few_shapes, "--batch-size", 32, "--out"
+    flags = "--dataset", few_shapes, "--batch-size", 32, "--encoder", "small", "--out"
     assert "cannot be written" in error_of(monkeypatch, capsys, *flags, tmp_path / "file")
     assert "cannot be written" in error_of(monkeypatch, capsys, *flags, tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# ------------------------------------------------------------------------------------------------------
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(few_shapes, tmp_path, monkeypatch, capsys):
+    flags = "--dataset", few_shapes, "--encoder", "small", "--batch-size", 32, "--epochs", 2, "--out", tmp_path / "run"
+    calls, save = [], torch.save
+
+    def full(content, file):
+        calls.append(file)
+        save(content, file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "cannot be written (No space left on device)" in error_of(monkeypatch, capsys, *flags)
+    assert len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["history"]) == 1
+    assert files(tmp_path / "run") == {"args.json", "metrics.jsonl", "checkpoint.pt", "views.png"}  # nothing partial
+
+
+def test_a_run_is_not_overwritten(few_shapes, tmp_path, monkeypatch, capsys):
+    small_run(few_shapes, tmp_path / "run", "--epochs", 1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    flags = "--dataset", few_shapes, "--encoder", "small", "--batch-size", 32, "--out", tmp_path / "run"
+    assert "holds a run; go on with --resume" in error_of(monkeypatch, capsys, *flags)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
+def test_two_runs_never_write_to_one_folder(few_shapes, tmp_path, monkeypatch, capsys):
+    flags = ["--dataset", str(few_shapes), "--encoder", "small", "--batch-size", "32", "--out", str(tmp_path / "run")]
+    with simclr.run_folder(simclr.parse_args(flags)):
+        assert "another run is writing there" in error_of(monkeypatch, capsys, *flags)
+        assert "another run is writing there" in error_of(monkeypatch, capsys, "--resume", tmp_path / "run")
+    small_run(few_shapes, tmp_path / "run", "--epochs", 1)  # before its first epoch a run holds nothing
+
+
+def broken_loss(monkeypatch):
+    loss, calls = simclr.nt_xent, []
+
+    def nt_xent(*args):
+        calls.append(args)
+        return loss(*args) * (math.nan if len(calls) == 9 else 1)  # in the second of the epochs of 6 steps
+
+    monkeypatch.setattr(simclr, "nt_xent", nt_xent)
+
+
+def broken_weights(monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def broken(optimizer, closure=None):
+        step(optimizer)
+        calls.append(optimizer)
+        if len(calls) == 12:  # the last step of the second epoch, behind the last loss
+            optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+
+
+@pytest.mark.parametrize("fault", [broken_loss, broken_weights])
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(few_shapes, tmp_path, fault):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(common.UserError, match="loss is not finite in epoch 2"):
+        fault(patch)
+        small_run(few_shapes, tmp_path / "run", "--epochs", 3, "--eval-every", 3)
+    kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert len(kept["history"]) == 1 and all(value.isfinite().all() for value in kept["model"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Few labels, no labels, no head
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_few_labels(few_shapes, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(simclr, "fine_tune", lambda *args: calls.append(args) or len(calls) / 10)
+    summary = small_run(few_shapes, tmp_path / "run", "--epochs", 1, "--labels", 0.1, 1, 3)
+    some, one, few = summary["few_labels"]
+    assert 19 <= some["labels"] <= 22 and (one["labels"], few["labels"]) == (10, 30)
+    assert set(some) == {"labels", "linear_probe", "fine_tuned", "from_scratch"}
+    assert [row[name] for row in (some, one) for name in ("fine_tuned", "from_scratch")] == [0.1, 0.2, 0.3, 0.4]
+    assert "labels 10  linear_probe" in capsys.readouterr().out
+    trained = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    torch.manual_seed(0)
+    untrained = simclr.SimCLR(simclr.parse_args([])).encoder.state_dict()
+    for (encoder, *_, rows, _), expected in zip(calls, (trained, untrained) * 3, strict=True):
+        assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
+        assert len(rows) in (some["labels"], 10, 30)
+
+
+def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    images = torch.randint(60, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images[torch.arange(60), labels] += 150  # red, green or blue
+    data = common.Dataset(images[:40], labels[:40], images[40:], labels[40:], ["r", "g", "b"])
+    args = simclr.parse_args(
+        ["--batch-size", "6", "--crop", "0.5", "--lr", "0.04", "--jitter-strength", "0", "--gray", "0"]
+    )
+    rows = torch.arange(10, 22)
+    encoder, D = simclr.build_encoder("small")
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    assert simclr.fine_tune(encoder, D, data, rows, args) > 0.9
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    data.train_labels[rows] = (data.train_labels[rows] + 1) % 3  # taught wrongly
+    data.train_images[:10], data.train_images[22:] = 0, 0
+    assert simclr.fine_tune(encoder, D, data, rows, args) < 0.1
 
 
 @pytest.mark.parametrize(("projection", "z"), [("none", set()), ("linear", {"knn_z", "linear_probe_z"})])
 def test_probes_with_and_without_a_head(few_shapes, tmp_path, projection, z):
-    summary = small_run(few_shapes, tmp_path / "run", "--epochs", "1", "--projection", projection)
+    summary = small_run(few_shapes, tmp_path / "run", "--epochs", 1, "--projection", projection)
     assert set(summary["trained"]) == {"knn", "linear_probe"} | z
 
 
@@ -295,15 +537,232 @@ def test_the_head_is_probed_as_it_is_at_test_time(few_shapes):
     torch.testing.assert_close(test_h, model.encoder(common.normalize(data.test_images / 255)).detach())
 
 
-# ------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------
+def test_plain_images_are_pretrained_on_and_their_neighbors_shown(tmp_path, monkeypatch, capsys):
+    (tmp_path / "album").mkdir()
+    for i, image in enumerate(common.load_dataset("shapes").train_images[:70]):
+        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i:02}.png")
+    flags = "--epochs", 1, "--data-dir", tmp_path / "cache"
+    summary = small_run(tmp_path / "album", tmp_path / "album/run", *flags)
+    assert summary["trained"] == summary["untrained"] == {} and "knn" not in summary["history"][0]
+    assert {"encoder.pt", "views.png", "neighbors.png"} <= files(tmp_path / "album/run")
+    small_run(tmp_path / "album", tmp_path / "album/again", *flags)  # the figures are not learned from
+    assert (
+        "album/again: 70 images" not in (out := capsys.readouterr().out)
+        and out.count(": 70 images, 32 x 32, 0 labels") == 2
+    )
+    flags = "--dataset", tmp_path / "album", "--batch-size", 32, "--encoder", "small", *flags, "--labels", "0.1"
+    assert "--labels 0.1: the data set has no labels" in error_of(monkeypatch, capsys, *flags)
 
 
-# ------------------------------------------------------------------------------------------------------
+def test_stl10_pretrains_on_all_and_probes_with_what_has_labels(few_shapes, tmp_path):
+    arrays = dict(np.load(few_shapes))
+    np.savez(tmp_path / "part.npz", **arrays | {"train_labels": arrays["train_labels"][:100]})
+    np.savez(tmp_path / "less.npz", **{k: v[:100] if k[:5] == "train" else v for k, v in arrays.items()})
+    part, less = (small_run(tmp_path / f"{name}.npz", tmp_path / name, "--epochs", 1) for name in ("part", "less"))
+    assert part["untrained"] == less["untrained"] and part["history"][0]["loss"] != less["history"][0]["loss"]
+    for summary, steps in ((part, 6), (less, 3)):
+        assert round(summary["images_per_second"] * summary["history"][0]["seconds"] / 32) == steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sheets_of(monkeypatch):
+    sheets = []
+    monkeypatch.setattr(simclr, "save_sheet", lambda _, blocks: sheets.append(blocks))
+    return sheets
+
+
+def test_views_are_rows_of_pairs(few_shapes, tmp_path, monkeypatch):
+    images, args = common.load_dataset(str(few_shapes)).train_images[:8], simclr.parse_args([])
+    simclr.save_views(tmp_path / "views.png", images, args)
+    with Image.open(tmp_path / "views.png") as sheet:
+        width, height = sheet.size
+    assert 9 * 64 < width < 9 * 64 + 200 and 8 * 64 < height < 8 * 64 + 100
+    sheets = sheets_of(monkeypatch)
+    simclr.save_views(tmp_path / "views.png", images, args)
+    image, *pairs = sheets[0].values()
+    assert torch.equal(image[:, 0], images / 255) and list(sheets[0]) == ["image", *(f"pair {i}" for i in range(1, 5))]
+    for pair in pairs:
+        assert pair.shape == (8, 2, 3, 32, 32)
+        assert not torch.equal(pair[:, 0], pair[:, 1]) and not torch.equal(pair, pairs[0][:, [1, 0]])
+
+
+def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path, monkeypatch):
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 4, 4) * 6
+    labels = torch.arange(40) // 20
+    data = common.Dataset(images, labels, images[[5, 30]], torch.tensor([0, 1]), ["a", "b"])
+    angle = torch.linspace(0, 3, 40)
+    h = torch.stack([angle.cos(), angle.sin()], dim=1)
+    shuffled = h[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    sheets = sheets_of(monkeypatch)
+
+    def numbers(block):
+        return (block[:, :, 0, 4, 4] * 255 / 6).round().long()
+
+    simclr.save_neighbors(tmp_path / "n.png", data, (shuffled, h[[5, 30]]), (h, h[[5, 30]]))
+    query, before, after = sheets[0].values()
+    assert [set(row[:3]) for row in numbers(after).tolist()] == [{4, 5, 6}, {29, 30, 31}] and after.shape[1] == 6
+    assert numbers(query)[:, 0].tolist() == [5, 30]
+    same = labels[numbers(before)] == torch.tensor([[0], [1]])
+    assert not same.all() and torch.equal(before[:, :, 1, 0, 0] > before[:, :, 0, 0, 0], same)  # green or red
+
+    data = common.Dataset(images, labels[:0], images[[5, 30]], torch.arange(2), [])  # without classes
+    simclr.save_neighbors(tmp_path / "n.png", data, (shuffled, h[[5, 30]]), (h, h[[5, 30]]))
+    query, _, after = sheets[1].values()
+    assert [set(row[:2]) for row in numbers(after).tolist()] == [{4, 6}, {29, 31}] and (after[..., 0, 0] == 1).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Resume
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
     """What no code catches."""
+
+
+def kill_in_an_epoch(monkeypatch, step):
+    calls, loss = [], simclr.nt_xent
+
+    def nt_xent(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise Killed
+        return loss(*args)
+
+    monkeypatch.setattr(simclr, "nt_xent", nt_xent)
+
+
+def kill_while_saving(monkeypatch, file):
+    save, calls = Path.replace, []
+
+    def killed(path, target):
+        calls.append(target.name)
+        if calls.count(file) == 2 or (file == "encoder.pt" and target.name == file):
+            path.write_bytes(path.read_bytes()[:1000])
+            raise Killed
+        return save(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+
+
+def lines_without_times(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same(a, b):
+    """Equal trees of dicts and lists, tensors in them bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict | list | tuple):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(few_shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    small_run(few_shapes, folder, "--epochs", 3)
+    return folder
+
+
+KILLS = [(kill_in_an_epoch, 3), (kill_in_an_epoch, 9)]  # of 6 steps an epoch
+KILLS += [(kill_while_saving, name) for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt")]
+
+
+@pytest.mark.parametrize(("kill", "when"), KILLS)
+def test_a_resumed_run_ends_where_an_unbroken_one_does(few_shapes, unbroken, tmp_path, kill, when):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill(patch, when)
+        small_run(few_shapes, tmp_path / "run", "--epochs", 3)
+    assert not (tmp_path / "run/summary.json").exists()
+    resumed(tmp_path / "run")
+    assert lines_without_times(tmp_path / "run") == lines_without_times(unbroken)
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "run", unbroken)]
+    for name in ("model", "optimizer", "schedule", "images"):
+        assert_same(*(state[name] for state in states))
+    assert (tmp_path / "run/encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()
+    assert files(tmp_path / "run") == files(unbroken)
+
+
+def test_a_finished_run_is_measured_again_and_asked_for_more(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    before = json.loads((unbroken / "summary.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simclr, "fine_tune", lambda *_: 0.5)
+        summary = resumed(tmp_path / "run", "--labels", "0.2", "4")
+        shutil.copytree(tmp_path / "run", tmp_path / "longer")
+        assert len(resumed(tmp_path / "longer", "--epochs", 4)["history"]) == 4  # what is typed overrides
+    assert summary["trained"] == before["trained"] and summary["history"] == before["history"]
+    assert [row["labels"] for row in summary["few_labels"]] == [40, 40]
+    assert summary["command"] == before["command"] + f" --resume {tmp_path}/run --labels 0.2 4"
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == (unbroken / "checkpoint.pt").read_bytes()
+
+
+def test_what_cannot_be_resumed(few_shapes, unbroken, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    arrays = dict(np.load(few_shapes))
+    np.savez(
+        tmp_path / "more.npz", **arrays | {k: np.concatenate([v, v[:9]]) for k, v in arrays.items() if "train" in k}
+    )
+    np.savez(tmp_path / "other.npz", **arrays | {"train_images": arrays["train_images"][::-1]})
+    for name in ("more", "other"):
+        line = error_of(monkeypatch, capsys, "--resume", run, "--dataset", tmp_path / f"{name}.npz")
+        assert "is not what it was when the run began" in line
+    line = error_of(monkeypatch, capsys, "--resume", run, "--projection", "linear")
+    assert "checkpoint.pt: is not a checkpoint of this run with these flags" in line
+    assert "--out: a resumed run stays in its folder" in error_of(
+        monkeypatch, capsys, "--resume", run, "--out", "other"
+    )
+    whole = (run / "checkpoint.pt").read_bytes()
+    for content in (whole[:5000], b"", b"text"):
+        (run / "checkpoint.pt").write_bytes(content)
+        assert "checkpoint.pt: is not a checkpoint" in error_of(monkeypatch, capsys, "--resume", run)
+    (run / "args.json").write_text("nothing")
+    assert "there is no run in this folder" in error_of(monkeypatch, capsys, "--resume", run)
+
+
+def test_ctrl_c_says_how_to_go_on(few_shapes, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "batches", interrupted)
+    flags = "--dataset", few_shapes, "--encoder", "small", "--batch-size", 32, "--out", tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, flags)])
+    with pytest.raises(SystemExit, match="stopped; --resume with the run folder goes on"):
+        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_do_what_one_does(few_shapes, two_processes):
+    words = "--dataset", few_shapes, "--encoder", "small", "--batch-size", 64, "--epochs", 2, "--device", "cpu"
+    folder, printed = two_processes("simclr", [*words, "--out", few_shapes.parent / "shared"])
+    for name in ("loss", "gradient"):
+        for rank in range(2):
+            assert float((folder / f"{name}-{rank}.txt").read_text()) < 1e-10
+    assert "epoch 2/2" in printed[0] and printed[1] == ""  # process 0 alone prints, and writes
+    assert files(few_shapes.parent / "shared") >= {"summary.json", "encoder.pt", "checkpoint.pt", "views.png"}
+    summary = json.loads((few_shapes.parent / "shared/summary.json").read_text())
+    assert summary["command"].startswith("torchrun --nproc-per-node 2 simclr.py --dataset")
+    models = [torch.load(folder / f"model-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(*models)
+    folder, printed = two_processes("simclr", ["--resume", few_shapes.parent / "shared", "--epochs", 3])
+    assert "epoch 3/3" in printed[0] and "epoch 2/3" not in printed[0]
+
+
+def test_a_batch_is_a_multiple_of_the_processes(few_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr, "WORLD", 3)
+    monkeypatch.setattr(simclr, "pick_device", lambda _: torch.device("cpu"))
+    with pytest.raises(common.UserError, match="--batch-size 32: must be a multiple of 3"):
+        small_run(few_shapes, tmp_path / "run")

@@ -8,18 +8,26 @@ OWN = {
     "Args",
     "VisionTransformer",
     "evaluate",
-    "fit_recipe",
     "main",
+    "make_optimizer",
     "pretrain",
     "two_views",
-}  # what scripts say in their own way
+}  # said in a script's way
+CONSTANTS = {"RANK", "WORLD", "SWITCH", "RAW"}  # the others are recipes
 
 
 def definitions(source):
-    """The functions and classes at the top of a file, and the text of each."""
-    lines, nodes = source.splitlines(), ast.parse(source).body
-    kinds = ast.FunctionDef | ast.ClassDef
-    return {n.name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes if isinstance(n, kinds)}
+    """The functions, classes and constants at the top of a file, and the text of each with its decorators."""
+    lines, texts = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        text = "\n".join(lines[first - 1 : node.end_lineno])
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            texts[node.name] = text
+        elif isinstance(node, ast.Assign):
+            names = {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            texts |= dict.fromkeys(names & CONSTANTS, text)
+    return texts
 
 
 def drifted(sources):
@@ -45,9 +53,11 @@ def test_a_planted_difference_is_found():
         ("knn_accuracy", "k=200", "k=20"),
         ("load_checkpoint", "weights_only=True)", "weights_only=False)"),
         ("pick_device", "or the best there is", "or whatever there is"),  # a docstring counts
+        ("run_folder", "@contextlib.contextmanager", "@contextlib.nothing"),
+        ("RANK", 'get("RANK", 0)', 'get("RANK", 1)'),
     ):
         assert old in definitions(source)[name]
-        assert drifted({"simclr.py": source, "copy.py": source.replace(old, new)}) == [name]
+        assert name in drifted({"simclr.py": source, "copy.py": source.replace(old, new)})
     assert drifted({"simclr.py": source, "copy.py": source.replace("def main(args)", "def main(args, more)")}) == []
 
 

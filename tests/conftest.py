@@ -1,5 +1,6 @@
 """What the tests of several scripts need."""
 
+import functools
 import json
 import os
 import socket
@@ -30,35 +31,46 @@ def few_shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_shapes(tmp_path_factory):
+    """Three batches of 32."""
+    return save_shapes(tmp_path_factory.mktemp("data") / "tiny.npz", 96, 30)
+
+
+@pytest.fixture(scope="session")
 def some_shapes(tmp_path_factory):
     """Enough to learn something from."""
     return save_shapes(tmp_path_factory.mktemp("data") / "some.npz", 1024, 1000)
 
 
+SMALL = "--encoder", "small", "--device", "cpu", "--epochs", "2"
+SHAPES = functools.cache(common.shapes_dataset)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tiny_shapes, tmp_path_factory):
+    """The folder of two processes that have trained, and resumed, with simclr.py and moco.py; and what each printed."""
+    folder, commands = tmp_path_factory.mktemp("processes"), {}
+    for name, flags in {"simclr": [], "moco": ["--queue-size", "64", "--bn-groups", "2"]}.items():
+        run = str(folder / name)
+        words = ["--dataset", str(tiny_shapes), *SMALL, "--batch-size", "32", *flags, "--out", run]
+        commands[name] = words, ["--resume", run, "--epochs", "3"]
+    (folder / "commands.json").write_text(json.dumps(commands))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        torchrun = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in torchrun.items()}
+        command = [sys.executable, "-W", "error", Path(__file__).parent / "processes.py", folder]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    return folder, printed
+
+
 @pytest.fixture
-def two_processes(tmp_path):
-    """Runs tests/processes.py twice, as torchrun would -> its folder and what both have printed."""
-
-    def run(method, words):
-        (tmp_path / "words.json").write_text(json.dumps([str(word) for word in words]))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        started = []
-        for rank in range(2):
-            torchrun = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": 2,
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": port,
-            }
-            environment = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in torchrun.items()}
-            command = [sys.executable, "-W", "error", Path(__file__).parent / "processes.py", method, tmp_path]
-            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            started.append(subprocess.Popen(command, env=environment, **pipes))
-        printed = [process.communicate(timeout=120)[0] for process in started]
-        assert [process.returncode for process in started] == [0, 0], printed
-        return tmp_path, printed
-
-    return run
+def shapes_once(monkeypatch):
+    """Shapes are drawn once for all tests that ask for it, and not once a run."""
+    monkeypatch.setattr(common, "shapes_dataset", SHAPES)

@@ -347,7 +347,6 @@ def run_folder(args):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (folder / "checkpoint.pt").exists() and not args.resume:
                 raise UserError(f"--out {folder}: holds a run; go on with --resume {folder}, or name another folder")
-            save(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
             yield folder
     except BlockingIOError:
         raise UserError(f"--out {folder}: another run is writing there") from None
@@ -372,14 +371,14 @@ def show_progress(args, epoch, step, steps, start):
     if RANK == 0 and sys.stdout.isatty() and (step + 1) % max(1, steps // 10) == 0:
         done = (step + 1) / steps
         left = (time.perf_counter() - start) / done * (args.epochs - epoch + 1 - done)
-        print(f"\repoch {epoch}/{args.epochs} {done:4.0%}, {left / 60:.1f} min left ", end="", flush=True)
+        print(f"epoch {epoch}/{args.epochs} {done:4.0%}, {left / 60:.1f} min left ", end="\r", flush=True)
 
 
 def save_epoch(args, state, images, history):
     """Prints the last line of the history; writes all of it and the checkpoint, if loss and weights are finite."""
     epoch, loss = len(history), history[-1]["loss"]
     shown = "  ".join(f"{key} {value:.4g}" for key, value in history[-1].items() if isinstance(value, float))
-    print(f"\repoch {epoch}/{args.epochs}  {shown}", flush=True)
+    print(f"epoch {epoch}/{args.epochs}  {shown}", flush=True)
     if not (math.isfinite(loss) and nn.utils.get_total_norm(state["model"].parameters()).isfinite()):
         raise UserError(f"the loss is not finite in epoch {epoch}: try a smaller --lr; the last checkpoint is kept")
     save(Path(args.out, "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in history))
@@ -388,19 +387,20 @@ def save_epoch(args, state, images, history):
 
 
 def load_checkpoint(args, state, images):
-    """Restores the run in args.out, if it has finished an epoch -> its history."""
-    path = Path(args.out, "checkpoint.pt")
-    if not path.exists():
-        return []
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(content[name])
-    except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
-        raise UserError(f"{path}: is not a checkpoint of this run with these flags") from None
-    if content["images"] != common.fingerprint(images):
-        raise UserError(f"{path}: --dataset {args.dataset} is not what it was when the run began")
-    return content["history"]
+    """Restores the run in args.out, if it has finished an epoch -> its history. The flags fit, and are kept."""
+    path, history = Path(args.out, "checkpoint.pt"), []
+    if path.exists():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(content[name])
+            history = content["history"]
+        except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
+            raise UserError(f"{path}: is not a checkpoint of this run with these flags") from None
+        if content["images"] != common.fingerprint(images):
+            raise UserError(f"{path}: --dataset {args.dataset} is not what it was when the run began")
+    save(Path(args.out, "args.json"), json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    return history
 
 
 def save_sheet(path, blocks):
@@ -459,13 +459,13 @@ def parse_args(argv=None):
     for field in fields:
         name, help = "--" + field.name.replace("_", "-"), field.metadata["help"] + " (%(default)s)"
         parser.add_argument(name, help=help, **field.metadata["options"] or {"type": field.type})
-    given, args = parser.parse_known_args(argv)[0], Args()  # what is not given is None
-    vars(args).update(SHAPES if given.dataset in (None, "shapes") else SMALL if given.encoder == "small" else {})
+    given = parser.parse_known_args(argv)[0]  # None for what is not given
+    args = Args(**SHAPES if given.dataset in (None, "shapes") else SMALL if given.encoder == "small" else {})
     if given.resume:
         try:
-            vars(args).update(json.loads(Path(given.resume, "args.json").read_text()))
+            args = Args(**json.loads(Path(given.resume, "args.json").read_text()))
         except (OSError, ValueError, TypeError):
-            parser.error(f"--resume {given.resume}: there is no run in this folder")
+            parser.error(f"--resume {given.resume}: there is no run of {METHOD}.py in this folder")
     parser.set_defaults(**vars(args))
     parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
     parser.parse_args(argv, args)

@@ -1,8 +1,10 @@
 """The loss against the lecture's formula, the parts of the script, and the script as a person runs it."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import torchvision
 from PIL import Image
 
 import common
+import moco
 import simclr
 
 ROOT = Path(__file__).parent.parent
@@ -278,10 +281,8 @@ def test_progress_inside_an_epoch_on_a_terminal(tiny_shapes, tmp_path, capsys, m
     small_run(tiny_shapes, tmp_path / "run", "--batch-size", 8)
     out = capsys.readouterr().out
     for epoch in (1, 2):
-        shares = [
-            part.split()[2] for part in out.split("\r") if part.startswith(f"epoch {epoch}/2 ") and "left" in part
-        ]
-        assert len(shares) == 12 and shares == sorted(shares, key=lambda share: int(share[:-2]))  # of 12 steps
+        shares = [int(share) for share in re.findall(rf"epoch {epoch}/2 +(\d+)%, [\d.]+ min left \r", out)]
+        assert shares == [round(100 * step / 12) for step in range(1, 13)]
     assert "min left" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
@@ -388,8 +389,8 @@ def test_the_recipe_of_a_path_goes_by_the_size_and_number_of_its_images(tmp_path
         (["--labels", "few"], "--labels few: must be a fraction"),
         (["--projection", "cubic"], "--projection: invalid choice: 'cubic'"),
         (["--image-size", "4"], "--image-size 4: must be from 8 to 512"),
-        (["--resume", "nothing"], "--resume nothing: there is no run in this folder"),
-        (["--resume", "one", "--out", "other"], "--resume one: there is no run in this folder"),
+        (["--resume", "nothing"], "--resume nothing: there is no run of simclr.py in this folder"),
+        (["--resume", "one", "--out", "other"], "--resume one: there is no run of simclr.py in this folder"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
@@ -437,10 +438,11 @@ def test_a_run_is_not_overwritten(tiny_shapes, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
-def test_two_runs_never_write_to_one_folder(tiny_shapes, tmp_path, monkeypatch, capsys):
+def test_two_runs_never_write_to_one_folder(tiny_shapes, unbroken, tmp_path, monkeypatch, capsys):
     flags = ["--dataset", str(tiny_shapes), "--encoder", "small", "--batch-size", "32", "--out", str(tmp_path / "run")]
     with simclr.run_folder(simclr.parse_args(flags)):
         assert "another run is writing there" in error_of(monkeypatch, capsys, *flags)
+        shutil.copy(unbroken / "args.json", tmp_path / "run")
         assert "another run is writing there" in error_of(monkeypatch, capsys, "--resume", tmp_path / "run")
     small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)  # before its first epoch a run holds nothing
 
@@ -715,6 +717,7 @@ def test_what_cannot_be_resumed(tiny_shapes, unbroken, tmp_path, monkeypatch, ca
         assert "is not what it was when the run began" in line
     line = error_of(monkeypatch, capsys, "--resume", run, "--projection", "linear")
     assert "checkpoint.pt: is not a checkpoint of this run with these flags" in line
+    assert (run / "args.json").read_bytes() == (unbroken / "args.json").read_bytes()  # nothing is lost by it
     assert "--out: a resumed run stays in its folder" in error_of(
         monkeypatch, capsys, "--resume", run, "--out", "other"
     )
@@ -722,8 +725,12 @@ def test_what_cannot_be_resumed(tiny_shapes, unbroken, tmp_path, monkeypatch, ca
     for content in (whole[:5000], b"", b"text"):
         (run / "checkpoint.pt").write_bytes(content)
         assert "checkpoint.pt: is not a checkpoint" in error_of(monkeypatch, capsys, "--resume", run)
+    other = tmp_path / "moco"
+    other.mkdir()
+    (other / "args.json").write_text(json.dumps(dataclasses.asdict(moco.parse_args([]))))
+    assert "there is no run of simclr.py in this folder" in error_of(monkeypatch, capsys, "--resume", other)
     (run / "args.json").write_text("nothing")
-    assert "there is no run in this folder" in error_of(monkeypatch, capsys, "--resume", run)
+    assert "there is no run of simclr.py in this folder" in error_of(monkeypatch, capsys, "--resume", run)
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_shapes, tmp_path, monkeypatch):

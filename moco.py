@@ -48,8 +48,7 @@ SWITCH, RAW = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: a process for each GPU
 
 
-def flag(default, help, low=None, high=math.inf, **options):
-    """A field of Args: its default, its help, a number's range with both ends, and options for argparse."""
+def flag(default, help, low=None, high=math.inf, **options):  # a field of Args; low to high is a number's range
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, options=options))
 
 
@@ -217,8 +216,7 @@ def pretrain(model, images, args, monitor):
         metrics = {"loss": losses.mean().item(), "seconds": time.perf_counter() - start}
         metrics["bound"] = math.log(args.queue_size + 1) - metrics["loss"]
         positive, negative = (query * key).sum(1), query @ queue  # cosines of the last batch: (N,), (N, K)
-        metrics["accuracy"] = (positive > negative.amax(1)).float().mean().item()  # queries that pick out their key
-        metrics["positive"] = positive.mean().item()
+        metrics |= {"accuracy": (positive > negative.amax(1)).float().mean().item(), "positive": positive.mean().item()}
         metrics["queue"] = [part.mean().item() for part in negative.chunk(4, dim=1)]  # by age, the oldest first
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             metrics |= monitor()
@@ -348,10 +346,11 @@ def run_folder(args):
             if (folder / "checkpoint.pt").exists() and not args.resume:
                 raise UserError(f"--out {folder}: holds a run; go on with --resume {folder}, or name another folder")
             yield folder
-    except BlockingIOError:
-        raise UserError(f"--out {folder}: another run is writing there") from None
+    except BrokenPipeError:  # of a print
+        raise
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+        reason = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"--out {folder}: cannot be used ({reason})") from None
 
 
 def save(path, content):
@@ -362,8 +361,9 @@ def save(path, content):
             with open(partial, "wb") as file:
                 file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             partial.replace(path)
-        finally:
+        except OSError as error:
             partial.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def show_progress(args, epoch, step, steps, start):
@@ -553,5 +553,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"{METHOD}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a `| head` that has read enough
+        sys.stdout = None
         sys.exit("stopped; --resume with the run folder goes on from the last whole epoch")

@@ -408,8 +408,8 @@ def test_broken_npz(tmp_path, monkeypatch, capsys):
 def test_folders_that_cannot_be_written(tiny_shapes, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
     flags = "--dataset", tiny_shapes, "--batch-size", 32, "--encoder", "small", "--out"
-    assert "cannot be written" in error_of(monkeypatch, capsys, *flags, tmp_path / "file")
-    assert "cannot be written" in error_of(monkeypatch, capsys, *flags, tmp_path / "file" / "run")
+    assert "cannot be used" in error_of(monkeypatch, capsys, *flags, tmp_path / "file")
+    assert "cannot be used" in error_of(monkeypatch, capsys, *flags, tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -733,9 +733,10 @@ def test_what_cannot_be_resumed(tiny_shapes, unbroken, tmp_path, monkeypatch, ca
     assert "there is no run of simclr.py in this folder" in error_of(monkeypatch, capsys, "--resume", run)
 
 
-def test_ctrl_c_says_how_to_go_on(tiny_shapes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, BrokenPipeError])  # Ctrl-C, `| head`
+def test_a_run_that_is_stopped_says_how_to_go_on(tiny_shapes, tmp_path, monkeypatch, end):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        raise end
 
     monkeypatch.setattr(common, "batches", interrupted)
     flags = "--dataset", tiny_shapes, "--encoder", "small", "--batch-size", 32, "--out", tmp_path / "run"

@@ -106,7 +106,7 @@ def labelled_rows(labels, amount, seed):
     counts = labels.bincount()
     fewest = int(counts[counts > 0].min())
     if number > max(1, fewest):
-        raise UserError(f"--labels {amount}: the smallest class has only {fewest} training images")
+        raise UserError(f"--labels {number:g}: the smallest class has only {fewest} training images")
     share = isinstance(number, float) and number <= 1
     wanted = (counts * number).round().clamp(min=1) if share else torch.full_like(counts, round(number))
     return order[place <= wanted[labels[order]]]

@@ -494,9 +494,7 @@ def main(args):
     vars(args).update({name: value for name, value in recipe.items() if name not in args.typed})
     N, G = args.batch_size, args.bn_groups
     if N > M or N < 2 * G or N % G or G % WORLD:
-        raise UserError(
-            f"--batch-size {N}: of {M} images, must make {G} --bn-groups of 2 or more for {WORLD} processes"
-        )
+        raise UserError(f"--batch-size {N}: of {M} images, must make {G} --bn-groups of 2 or more on {WORLD} processes")
     if args.queue_size > M:
         raise UserError(f"--queue-size {args.queue_size}: with {M} images, each would find itself among its negatives")
     torch.manual_seed(args.seed)

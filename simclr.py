@@ -523,7 +523,7 @@ def main(args):
             "total_seconds": time.perf_counter() - start,
             "untrained": untrained,
             "trained": trained,
-            "few_labels": few,
+            "semi_supervised": few,
             "history": history,
         }
         save(folder / "encoder.pt", model.encoder.state_dict())

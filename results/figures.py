@@ -28,6 +28,7 @@ LABELS = {
     "kl": "KL divergence, teacher to student (nats)",
     "logit_scale": "scale of the logits, 1 / temperature",
     "val_text_to_image_r10": "validation R@10, text to image",
+    "spread": "spread of projections z, 0 if they collapse",
     "knn": "held-out kNN accuracy",
 }
 

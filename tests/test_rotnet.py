@@ -182,7 +182,7 @@ def test_plain_pictures_are_pretrained_on(tmp_path):
         (["--rotations", "3"], "--rotations: invalid choice: 3"),
         (["--blocks", "2"], "--blocks: invalid choice: 2"),
         (["--padding", "-1"], "--padding -1: must be from 0 to 64"),
-        (["--labels", "500"], "--labels 500: the smallest class has only 409 training pictures"),
+        (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
         (["--encoder", "resnet18"], "--encoder: invalid choice: 'resnet18'"),
     ],
 )

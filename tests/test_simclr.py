@@ -255,7 +255,7 @@ def test_files_of_a_run(tiny_shapes, tmp_path, capsys):
     saved = json.loads((tmp_path / "run/summary.json").read_text())
     assert saved == json.loads(json.dumps(summary))
     keys = "method command args date device threads torch parameters images_per_second pretrain_seconds total_seconds"
-    assert set(keys.split()) | {"untrained", "trained", "few_labels", "history"} == set(summary)
+    assert set(keys.split()) | {"untrained", "trained", "semi_supervised", "history"} == set(summary)
     assert summary["total_seconds"] > summary["pretrain_seconds"] > 0
     assert summary["command"].startswith(f"python simclr.py --dataset {tiny_shapes} --encoder small --epochs 2")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -487,7 +487,7 @@ def test_few_labels(tiny_shapes, tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(simclr, "fine_tune", lambda *args: calls.append(args) or len(calls) / 10)
     summary = small_run(tiny_shapes, tmp_path / "run", "--epochs", 1, "--labels", 0.1, 1, 3)
-    some, one, few = summary["few_labels"]
+    some, one, few = summary["semi_supervised"]
     assert 9 <= some["labels"] <= 11 and (one["labels"], few["labels"]) == (10, 30)
     assert set(some) == {"labels", "linear_probe", "fine_tuned", "from_scratch"}
     assert [row[name] for row in (some, one) for name in ("fine_tuned", "from_scratch")] == [0.1, 0.2, 0.3, 0.4]
@@ -699,7 +699,7 @@ def test_a_finished_run_is_measured_again_and_asked_for_more(unbroken, tmp_path)
         shutil.copytree(tmp_path / "run", tmp_path / "longer")
         assert len(resumed(tmp_path / "longer", "--epochs", 3)["history"]) == 3  # what is typed overrides
     assert summary["trained"] == before["trained"] and summary["history"] == before["history"]
-    assert [row["labels"] for row in summary["few_labels"]] == [18, 20]
+    assert [row["labels"] for row in summary["semi_supervised"]] == [18, 20]
     assert summary["command"] == before["command"] + f" --resume {tmp_path}/run --labels 0.2 2"
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == (unbroken / "checkpoint.pt").read_bytes()
 

@@ -19,8 +19,8 @@ downstream tasks use h.
     python simclr.py --labels 0.01 0.1                     the lecture's semi-supervised table: 1 % and 10 % of labels
     torchrun --nproc-per-node 8 simclr.py --dataset path/to/images         your own images, on 8 GPUs
 
-Linear probe on test, untrained -> trained (records in results/):
-    cifar10     43.7 -> 89.2 % (kNN 36.2 -> 88.1 %) with seed 0; 200 epochs in 374 s on one H200, torch 2.11
+Linear probe on test, untrained -> trained encoder, with seed 0 (records in results/): CIFAR-10
+43.7 -> 89.2 % (kNN 36.2 -> 88.1 %), by ResNet-18 and 200 epochs of 374 s in all on one H200.
 """
 
 import argparse
@@ -435,8 +435,9 @@ def save_neighbors(path, data, before, after):
     save_sheet(path, blocks)
 
 
-SHAPES = dict(encoder="small", epochs=12, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=0.05, warmup=0.05,
-              temperature=0.1, crop=0.8, jitter_strength=1.0, gray=0.5, eval_every=4)  # fmt: skip
+# On shapes most views are gray, since color alone tells most images apart; crops are large, to show whole outlines.
+SHAPES = dict(encoder="small", epochs=12, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05, warmup=0.05,
+              temperature=0.1, crop=0.8, jitter_strength=1.0, gray=0.8, eval_every=4)  # fmt: skip
 SMALL = dict(image_size=32, epochs=8, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=1e-2, warmup=0.05,
              temperature=0.1, gray=0.2, eval_every=2)  # with --encoder small  # fmt: skip
 LARGE_IMAGES = dict(temperature=0.1, crop=0.08, jitter_strength=1.0, gray=0.2, blur=0.5)  # paper

@@ -17,6 +17,8 @@ ones. After pretraining, downstream tasks use the query encoder's h; its head, k
     python moco.py --dataset cifar10 --encoder small     a small ResNet, on a CPU
     python moco.py --no-mlp --no-aug-plus --no-cos       version 1; each is a column of the lecture's table 1
     torchrun --nproc-per-node 8 moco.py --dataset path/to/images         your own images, on 8 GPUs
+
+Linear probe on test, untrained -> trained encoder, on shapes with seed 0 (record in results/): 37.0 -> 87.2 %.
 """
 
 import argparse

@@ -137,12 +137,12 @@ def npz_dataset(path, image_size):
     """{train,test}_images, uint8 (N, S, S) or (N, S, S, 3), and {train,test}_labels, integers (N,) or (N, 1).
 
     There may be fewer train_labels than train_images: the last images are then unlabelled. `classes`, their names,
-    may be there too.
+    may be there too. With train_images alone there are no classes.
     """
-    arrays = {}
+    arrays, keys = {}, ["train_images", "train_labels", "test_images", "test_labels"]
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            for key in ("train_images", "train_labels", "test_images", "test_labels"):
+            for key in keys if any(key in file for key in keys[1:]) else keys[:1]:
                 if key not in file:
                     raise UserError(f"{path}: has no array {key}; its arrays are {', '.join(file) or 'none'}")
                 arrays[key] = file[key]
@@ -154,22 +154,31 @@ def npz_dataset(path, image_size):
 
     tensors = []
     for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        images = arrays[f"{split}_images"]
         if images.ndim == 3:  # grey: one channel stands for all three
             images = np.repeat(images[..., None], 3, axis=3)
         N, H, W, C = images.shape if images.ndim == 4 else (0, 0, 0, 0)
         if images.dtype != np.uint8 or N == 0 or H != W or C != 3:
             shape = arrays[f"{split}_images"].shape
             raise UserError(f"{path}: {split}_images is {images.dtype} {shape}, not uint8 (N, S, S) or (N, S, S, 3)")
+        images = shrink(torch.from_numpy(images).permute(0, 3, 1, 2), image_size)  # (N, 3, S, S)
+        if len(arrays) == 1:
+            return unlabelled(images)
+        labels = arrays[f"{split}_labels"]
         L = len(labels) if labels.ndim and split == "train" else N
         if labels.dtype.kind not in "iu" or labels.shape not in ((L,), (L, 1)) or not 0 < L <= N or labels.min() < 0:
             raise UserError(f"{path}: {split}_labels is {labels.dtype} {labels.shape}, not {N} class numbers from 0 on")
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, S, S)
-        tensors += [shrink(images, image_size), torch.from_numpy(labels.reshape(L).astype(np.int64))]
+        tensors += [images, torch.from_numpy(labels.reshape(L).astype(np.int64))]
     if tensors[0].shape[1:] != tensors[2].shape[1:]:
         raise UserError(f"{path}: train_images and test_images differ in size")
     count = max(int(tensors[1].max()), int(tensors[3].max())) + 1
     return Dataset(*tensors, names if len(names) >= count else [str(label) for label in range(count)])
+
+
+def unlabelled(images):
+    """Images (N, 3, S, S) without classes -> Dataset with ten of them for test images, numbered, to look at."""
+    some = images[:: max(1, len(images) // 10)][:10]
+    return Dataset(images, torch.empty(0, dtype=torch.int64), some, torch.arange(len(some)), [])
 
 
 def shrink(images, size):
@@ -213,9 +222,7 @@ def folder_dataset(root, data_dir, image_size):
     train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
     if not classes:
-        images = decode(root, list_pictures(root), data_dir, image_size)
-        some = images[:: max(1, len(images) // 10)][:10]
-        return Dataset(images, torch.empty(0, dtype=torch.int64), some, torch.arange(len(some)), [])
+        return unlabelled(decode(root, list_pictures(root), data_dir, image_size))
     if not test.is_dir():
         raise UserError(f"{root}: has train/<class> folders, but no test/<class> or val/<class> ones for the probes")
     parts = []

@@ -499,7 +499,7 @@ def main(args):
     if N > M or N < 2 * G or N % G or G % WORLD:
         raise UserError(f"--batch-size {N}: of {M} images, must make {G} --bn-groups of 2 or more on {WORLD} processes")
     if args.queue_size > M:
-        raise UserError(f"--queue-size {args.queue_size}: with {M} images, each would find itself among its negatives")
+        raise UserError(f"--queue-size {args.queue_size}: at most the {M} images, or each would be its own negative")
     torch.manual_seed(args.seed)
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # as of common.normalize
     model = MoCo(args, S).to(device, memory_format=layout)

@@ -484,7 +484,7 @@ def main(args):
     recipe = {"batch_size": min(args.batch_size, M // WORLD * WORLD)} | (LARGE_IMAGES if S > 64 else {})
     vars(args).update({name: value for name, value in recipe.items() if name not in args.typed})
     if args.batch_size > M or args.batch_size % WORLD:
-        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {WORLD}, and at most the {M} images")
+        raise UserError(f"--batch-size {args.batch_size}: at most the {M} images, in equal parts for {WORLD} processes")
     subsets = [common.labelled_rows(y, amount, args.seed) for amount in args.labels]
     torch.manual_seed(args.seed)
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # as of common.normalize

@@ -194,6 +194,16 @@ def test_npz_that_is_missing_cut_short_or_something_else(tmp_path):
     np.savez(path, x=np.zeros(1))
     with pytest.raises(common.UserError, match="has no array train_images"):
         common.load_dataset(str(path))
+    np.savez(path, **{key: array for key, array in arrays().items() if key != "test_images"})
+    with pytest.raises(common.UserError, match="has no array test_images"):
+        common.load_dataset(str(path))
+
+
+def test_npz_of_images_alone(tmp_path):
+    np.savez(tmp_path / "mine.npz", train_images=arrays(25)["train_images"])
+    data = common.load_dataset(str(tmp_path / "mine.npz"))
+    assert data.train_images.shape == (25, 3, 8, 8) and data.classes == [] and len(data.train_labels) == 0
+    assert len(data.test_images) == 10 and torch.equal(data.test_images[9], data.train_images[18])
 
 
 def test_unknown_name():

@@ -267,7 +267,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tm
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--queue-size", "4097"], "--queue-size 4097: with 4096 images, each would find itself among its negatives"),
+        (["--queue-size", "4097"], "--queue-size 4097: at most the 4096 images, or each would be its own negative"),
         (["--batch-size", "63"], "--batch-size 63: of 4096 images, must make 2 --bn-groups of 2 or more"),
         (["--batch-size", "8", "--bn-groups", "8"], "--batch-size 8: of 4096 images, must make 8 --bn-groups of 2"),
         (["--batch-size", "4098"], "--batch-size 4098: of 4096 images"),

@@ -369,7 +369,7 @@ def test_the_recipe_of_a_path_goes_by_the_size_and_number_of_its_images(tmp_path
     [
         (["--dataset", "cifar"], "--dataset cifar: is not shapes"),
         (["--dataset", "none.npz"], "none.npz: no such file"),
-        (["--batch-size", "4097"], "--batch-size 4097: must be a multiple of 1, and at most the 4096 images"),
+        (["--batch-size", "4097"], "--batch-size 4097: at most the 4096 images, in equal parts for 1 process"),
         (["--batch-size", "1"], "--batch-size 1: must be from 2 to inf"),
         (["--lr", "-1"], "--lr -1.0: must be from 0 to inf"),
         (["--lr", "nan"], "--lr nan: must be from 0 to inf"),
@@ -766,5 +766,5 @@ def test_two_processes_do_what_one_does(two_processes):
 def test_a_batch_is_a_multiple_of_the_processes(tiny_shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(simclr, "WORLD", 3)
     monkeypatch.setattr(simclr, "pick_device", lambda _: torch.device("cpu"))
-    with pytest.raises(common.UserError, match="--batch-size 32: must be a multiple of 3"):
+    with pytest.raises(common.UserError, match="--batch-size 32: at most .* images, in equal parts for 3 processes"):
         small_run(tiny_shapes, tmp_path / "run")

@@ -97,8 +97,7 @@ def main():
     if compiled:
         model.compile()
         common.compile_operators()
-    optimizer = simclr.make_optimizer(model, args, N)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, simclr.warmup_cosine(10**6, args.warmup))
+    optimizer, schedule = simclr.make_optimizer(model, args, N, 10**6)
 
     def random_batch():
         return images[torch.randint(len(images), (N,), generator=generator, device=device)]

@@ -45,7 +45,7 @@ if __name__ == "__main__":
     for K in (4096, 65536):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[K], device = pool.apply(peak_memory, ([*flags, "--queue-size", str(K)],))
-    queue, logits = (rows * (65536 - 4096) * 4 / 1e9 for rows in (args.projection_dim, args.batch_size))
+    queue, logits = (rows * (65536 - 4096) * 4 / 1e9 for rows in (128, args.batch_size))
     print(f"{args.encoder}, batch {args.batch_size}, {device}, torch {torch.__version__}")
     for K, peak in peaks.items():
         print(f"K {K:6}: {peak:.3f} GB")

@@ -84,8 +84,8 @@ TABLES = {
 def run(script, flags, out):
     """The summary of a run: of the one that lies there finished, or of a new one."""
     if not (out / "summary.json").exists():
-        resume = ["--resume", str(out)] if (out / "checkpoint.pt").exists() else []
-        script.main(script.parse_args([*flags, *resume, "--out", str(out)]))
+        begun = (out / "checkpoint.pt").exists()
+        script.main(script.parse_args([*flags, "--resume" if begun else "--out", str(out)]))
     return json.loads((out / "summary.json").read_text())
 
 

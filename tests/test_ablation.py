@@ -16,7 +16,7 @@ def test_the_table_of_moco(tmp_path, monkeypatch, capsys):
 
     def main(args):
         ran.append((args.mlp, args.aug_plus, args.cos, args.seed))
-        Path(args.out).mkdir(parents=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         score = (args.mlp + args.aug_plus + args.cos) / 10 + args.seed / 100
         summary = {"trained": {"linear_probe": score, "knn": score / 2}, "semi_supervised": [], "device": "cpu"}
         (Path(args.out) / "summary.json").write_text(json.dumps(summary))
@@ -33,6 +33,11 @@ def test_the_table_of_moco(tmp_path, monkeypatch, capsys):
     assert rows[4]["linear_probe"] == [0.3, 0.32] and rows[0]["lecture"] == [0.606]
     runpy.run_path(str(ABLATION), run_name="__main__")
     assert len(ran) == 10  # nothing is run again
+    begun = Path("runs/ablation-moco-no-mlp-no-aug-plus-no-cos-seed2")
+    (begun / "summary.json").rename(begun / "checkpoint.pt")
+    (begun / "args.json").write_text("{}")
+    runpy.run_path(str(ABLATION), run_name="__main__")
+    assert ran[10:] == [(False, False, False, 2)] and (begun / "summary.json").exists()
 
 
 def test_a_table_of_mae(tmp_path, monkeypatch, capsys):

@@ -13,10 +13,12 @@ import pytest
 
 import common
 
+SHAPES = functools.cache(common.shapes_dataset)
+
 
 def save_shapes(path, train, test):
     """An .npz file with some of the shapes."""
-    data, arrays = common.load_dataset("shapes"), {}
+    data, arrays = SHAPES(), {}
     for split, count in (("train", train), ("test", test)):
         arrays[f"{split}_images"] = getattr(data, f"{split}_images")[:count].permute(0, 2, 3, 1).numpy()
         arrays[f"{split}_labels"] = getattr(data, f"{split}_labels")[:count].numpy()
@@ -43,7 +45,6 @@ def some_shapes(tmp_path_factory):
 
 
 SMALL = "--encoder", "small", "--device", "cpu", "--epochs", "2"
-SHAPES = functools.cache(common.shapes_dataset)
 
 
 @pytest.fixture(scope="session")

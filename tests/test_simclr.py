@@ -304,7 +304,7 @@ def test_copied_with_common_alone_it_learns(some_shapes, tmp_path):
     for path in (ROOT / "simclr.py", ROOT / "common.py", some_shapes):
         shutil.copy(path, tmp_path)
     recipe = [f"--{name.replace('_', '-')}={value}" for name, value in simclr.SHAPES.items()]
-    words = ["simclr.py", "--dataset", "some.npz", *recipe, "--epochs", "4", "--eval-every", "9", "--out", "run"]
+    words = ["simclr.py", "--dataset", "some.npz", *recipe, "--epochs", "3", "--eval-every", "9", "--out", "run"]
     command = [sys.executable, "-W", "error", *words]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stderr == ""

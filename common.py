@@ -83,7 +83,7 @@ def batches(images, order, size, device):
 
 
 def fingerprint(images):
-    """Numbers that tell one set of images (M, 3, S, S) from another."""
+    """Shape, and sum of some 64 of the images (M, 3, S, S): tells other data from what a run began with."""
     return [*images.shape, int(images[:: len(images) // 64 + 1].sum())]
 
 

@@ -65,7 +65,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     epochs: int = flag(200, "passes over the training images; paper: 100 to 1000", 1)
     batch_size: int = flag(512, "images N per step, over all GPUs; paper: 256 to 8192", 2)
     optimizer: str = flag("sgd", "sgd with momentum; paper: LARS, for batches of thousands", choices=("sgd", "adamw"))
-    lr: float = flag(0.06, "peak learning rate for a batch of 256; grows in proportion to --batch-size", 0)
+    lr: float = flag(0.06, "peak learning rate for 256 images, in proportion to --batch-size; paper: 0.3, LARS", 0)
     weight_decay: float = flag(5e-4, "paper: 1e-6", 0)
     warmup: float = flag(0.0, "fraction of the steps with linear warmup; paper: 10 epochs", 0, 0.9)
     temperature: float = flag(0.5, "t; a small one weighs hard negatives more; paper: 0.1, CIFAR-10 0.5", 0.01)
@@ -90,7 +90,7 @@ def two_views(images, args, generator):
     """uint8 (N, 3, S, S) -> float (2N, 3, S, S) in [0, 1]: first views in rows 0 to N - 1, second views after them.
 
     Crop, flip, color jitter, gray, blur, as in the paper's appendix A. Crop and color belong together: without the
-    jitter, two crops of an image can be matched by their color histograms alone (paper, section 3.2).
+    jitter, two crops of an image can be matched by their color histograms alone (paper, section 3.1).
     """
     x, s = images.repeat(2, 1, 1, 1) / 255, args.jitter_strength
     x = common.random_resized_crop(x, x.shape[3], generator, scale=(args.crop, 1.0), flip=0.5)

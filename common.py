@@ -37,8 +37,8 @@ class Dataset:
     """Images uint8 (N, 3, S, S) in channels_last order, labels int64, the class names, and captions if any.
 
     train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels. A folder
-    of plain images has no labels and no classes, and for test images ten of its training images, to look at. Captions
-    are a list for each image. A captioned folder has validation images, and shapes have colours: the numbers in COLORS.
+    of plain images has no labels and no classes; a tenth of it is held out as test images. Captions are a list for each
+    image. A captioned folder has validation images, and shapes have colours: the numbers in COLORS.
     """
 
     train_images: torch.Tensor
@@ -163,7 +163,7 @@ def npz_dataset(path, image_size):
             raise UserError(f"{path}: {split}_images is {images.dtype} {shape}, not uint8 (N, S, S) or (N, S, S, 3)")
         images = shrink(torch.from_numpy(images).permute(0, 3, 1, 2), image_size)  # (N, 3, S, S)
         if len(arrays) == 1:
-            return unlabelled(images)
+            return unlabelled(images[torch.randperm(N, generator=torch.Generator().manual_seed(0))])
         labels = arrays[f"{split}_labels"]
         L = len(labels) if labels.ndim and split == "train" else N
         if labels.dtype.kind not in "iu" or labels.shape not in ((L,), (L, 1)) or not 0 < L <= N or labels.min() < 0:
@@ -176,9 +176,10 @@ def npz_dataset(path, image_size):
 
 
 def unlabelled(images):
-    """Images (N, 3, S, S) without classes -> Dataset with ten of them for test images, numbered, to look at."""
-    some = images[:: max(1, len(images) // 10)][:10]
-    return Dataset(images, torch.empty(0, dtype=torch.int64), some, torch.arange(len(some)), [])
+    """Images (N, 3, S, S) in random order, without classes -> Dataset. A tenth of them, at most 1,000, is held out as
+    test images, to measure and to look at; in place of labels these are numbered."""
+    held = min(math.ceil(len(images) / 10), 1000)
+    return Dataset(images[held:], torch.empty(0, dtype=torch.int64), images[:held], torch.arange(held), [])
 
 
 def shrink(images, size):
@@ -222,7 +223,8 @@ def folder_dataset(root, data_dir, image_size):
     train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
     if not classes:
-        return unlabelled(decode(root, list_pictures(root), data_dir, image_size))
+        files = sorted(list_pictures(root), key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        return unlabelled(decode(root, files, data_dir, image_size))
     if not test.is_dir():
         raise UserError(f"{root}: has train/<class> folders, but no test/<class> or val/<class> ones for the probes")
     parts = []

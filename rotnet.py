@@ -1,176 +1,97 @@
-"""RotNet: to tell by how much a picture was turned, one must know what is in it and which way it stands.
+"""RotNet: to predict how far an image was rotated, a network has to recognize what it shows and which way that stands.
 
-Every picture of a batch is turned by 0, 90, 180 and 270 degrees, and a network says of each of the four which it is.
-Nobody says what the pictures show: the turn is the label, and it is free. What a classifier reads afterwards are the
-feature maps of an early block, since the last ones specialise in turns.
+Every image is rotated by 0, 90, 180 and 270 degrees, and the network classifies the four copies: labels come for free.
+Multiples of 90 degrees need no interpolation, so only the content gives them away; what looks the same from all sides
+has no rotation to predict. Downstream tasks use the feature maps of an early block, since the last ones specialize in
+rotations. Unlike SimCLR's, these features keep the orientation.
 
     Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018.
-    The objective of its section 2; "predict rotations" in the lecture. g(x, y) is the picture x after y quarter turns:
+    Equations 1 and 2 of the paper; "predict rotations" in the lecture. g(x | y) is image x after y quarter turns:
 
-    L = mean over pictures x of  1/4 sum_{y = 0..3} -log F^y(g(x, y))       F^y the predicted probability of turn y
+    L = mean over images x of  1/4 sum_{y = 0..3} -log F^y(g(x | y))       F^y the predicted probability of rotation y
 
-    python rotnet.py                                       shapes drawn by code, on two CPU cores
-    python rotnet.py --dataset cifar10                     the paper's Network in Network, on a GPU
-    python rotnet.py --dataset cifar10 --encoder small     a small one, on two CPU cores
-    python rotnet.py --dataset path/to/pictures            pictures of your own, see README.md
-    python rotnet.py --labels 20 100 400                   the lecture's semi-supervised figure, as a table
+    python rotnet.py                                       shapes drawn by code; a laptop CPU will do
+    python rotnet.py --dataset cifar10 --compile           the paper's Network in Network, on a GPU
+    python rotnet.py --dataset cifar10 --encoder small     a small one, on a CPU
+    python rotnet.py --labels 5 20 100 400                 the lecture's semi-supervised figure: labels per class
+    torchrun --nproc-per-node 8 rotnet.py --dataset path/to/images         your own images, on 8 GPUs
 
-Linear probe on test, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1; records in results/):
-
-    shapes, block 2     46.6 -> 99.1 %, 47.5 -> 98.8 %, 46.8 -> 98.8 % with seeds 0, 1, 2; 85 to 101 s
-    cifar10, block 2    47.3 -> 57.3 % with the small encoder and seed 0; 15 min
+Block 2 is the best, as in the paper (README.md).
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import os
 import shlex
-import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+import torchvision
+from PIL import ImageDraw
 from torch import nn
 
 import common
 from common import UserError
 
 METHOD = "rotnet"
-
-# === Arguments ======================================================================================================
-
-
-def flag(default, text, low=None, high=math.inf, choices=None, free=False):
-    """A field of Args: default, help, range of a number (ends included), and whether --resume may come with another."""
-    bounds = "" if low is None else f"at least {low}" if high == math.inf else f"from {low} to {high}"
-    metadata = dict(text=text, low=low, high=high, choices=choices, free=free, bounds=bounds)
-    return dataclasses.field(default=default, metadata=metadata)
+SWITCH, RAW = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatter
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: a process for each GPU
 
 
-@dataclass
-class Args:
-    dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, or a path: an .npz file or a folder of pictures")
-    data_dir: str = flag("data", "folder where downloads and decoded pictures are kept", free=True)
-    image_size: int = flag(96, "pixels a side, of a folder's pictures and of larger ones elsewhere; paper: 224", 8, 512)
-    encoder: str = flag(
-        "nin", "nin: the paper's; small: a third as wide, its stem with stride 2", choices=("small", "nin")
-    )
-    blocks: int = flag(4, "of three convolutions each; paper: 3, 4 or 5, and 4 is best", choices=(3, 4, 5))
-    rotations: int = flag(4, "by 0, 90, 180, 270 degrees, or by 0, 180; paper: 4 is best", choices=(2, 4))
-    epochs: int = flag(200, "passes over the training pictures; paper: 200", 1)
-    batch_size: int = flag(128, "pictures N a step, each in all rotations; paper: 128", 2)
-    lr: float = flag(0.1, "learning rate of SGD, a fifth of it after 30, 60 and 80 %% of the steps; paper: 0.1", 0)
-    weight_decay: float = flag(5e-4, "of all parameters; paper: 5e-4", 0)
-    padding: int = flag(4, "pixels that a picture may be shifted by before it is turned; paper: 4", 0, 64)
-    classifier_epochs: int = flag(100, "training of a classifier, in passes over all labels; paper: 100", 1, free=True)
-    labels: list = flag((), "semi-supervised table: shares of each class up to 1, or numbers a class", 0, free=True)
-    fine_tune: bool = flag(False, "in this table, also train all blocks from the pretrained ones", free=True)
-    eval_every: int = flag(10, "epochs between two kNN measurements on held-out training pictures", 1, free=True)
-    seed: int = flag(0, "fixes initial weights, batches, crops and the choice of labels", 0, 2**31)
-    device: str = flag("auto", "auto: cuda, else mps, else cpu", free=True)
-    compile: bool = flag(None, "torch.compile for the network and the crops; without the flag on cuda alone", free=True)
-    out: str = flag("auto", "run folder; auto: runs/<method>-<dataset>-seed<seed>", free=True)
-    resume: str = flag("", "go on from the last checkpoint of --out, or of the run folder named here", free=True)
+def flag(default, help, low=None, high=math.inf, **options):  # a field of Args; low to high is a number's range
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, options=options))
 
 
-# What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
-LARGE = dict(epochs=50, padding=12)
-SMALL = dict(blocks=3, epochs=2, batch_size=64, classifier_epochs=1, eval_every=2)
-RECIPES = {
-    "shapes": dict(encoder="small", blocks=3, epochs=4, batch_size=32, padding=2, classifier_epochs=2, eval_every=2),
-    "cifar10": dict(),
-    "cifar10 --encoder small": SMALL,
-    "cifar100": dict(),
-    "cifar100 --encoder small": SMALL,
-    "stl10": LARGE,
-    "stl10 --encoder small": SMALL | dict(image_size=32),
-    "path": LARGE,
-    "path --encoder small": SMALL | dict(image_size=32, epochs=20, classifier_epochs=10),
-}
+@dataclasses.dataclass
+class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES and SMALL say what differs elsewhere
+    dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, or a path: an .npz file or a folder of images")
+    data_dir: str = flag("data", "folder for downloads and decoded images")
+    image_size: int = flag(96, "side in pixels to which the images of a folder, and larger ones, are resized", 8, 512)
+    encoder: str = flag("nin", "nin: the paper's, of 4 blocks; small: 3, a third as wide", choices=("small", "nin"))
+    epochs: int = flag(100, "passes over the training images; paper: 100, authors' code: 200", 1)
+    batch_size: int = flag(128, "images N per step, each in four rotations, over all GPUs; paper: 128", 2)
+    lr: float = flag(0.1, "learning rate, divided by 5 after 30, 60 and 80 %% of the steps; paper: 0.1", 0)
+    weight_decay: float = flag(5e-4, "paper: 5e-4", 0)
+    shift: float = flag(0.125, "largest shift before rotation, as a fraction of the side; authors' code: 0.125", 0, 0.5)
+    classifier_epochs: int = flag(100, "passes over the labels for classifiers, twice that for --labels; paper: 100", 1)
+    labels: list = flag((), "semi-supervised figure: 0.1 is a tenth of each class, 10 is ten per class", nargs="+")
+    eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
+    seed: int = flag(0, "of weights, batches, views and choice of labels", 0, 2**31)
+    device: str = flag("auto", "auto: cuda, else mps, else cpu")
+    compile: bool = flag(False, "torch.compile network and augmentations, for long runs on a GPU", action=SWITCH)
+    out: str = flag("", f"run folder instead of runs/{METHOD}-<dataset>-seed<seed>")
+    resume: str = flag("", "run folder to continue, with the flags that it was started with")
+    typed: list = ()  # names of the flags that were typed
+    command: str = f"torchrun --nproc-per-node {WORLD} {METHOD}.py" if WORLD > 1 else f"python {METHOD}.py"
 
 
-def parse_args(argv=None):
-    """The command line over the recipe of its data set -> Args.
-
-    Raises UserError for an unknown flag and for a value that is out of its range.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
-    )
-
-    def error(message):
-        raise UserError(message)
-
-    parser.error = error
-    for field in dataclasses.fields(Args):
-        text, bounds = field.metadata["text"], field.metadata["bounds"]
-        if field.type is bool:
-            options = {"action": argparse.BooleanOptionalAction, "help": text}
-        else:
-            options = {"nargs": "+", "type": float} if field.type is list else {"type": field.type}
-            default = f" (%(default)s{bounds and ', '}{bounds})" if field.default != "" else ""
-            options |= {"choices": field.metadata["choices"], "help": text + default}
-        if field.name == "resume":
-            options |= {"nargs": "?", "const": "auto", "metavar": "RUN"}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
-    given, _ = parser.parse_known_args(argv)
-    recipe = given.dataset if given.dataset in RECIPES else "path"
-    if given.encoder == "small" and recipe != "shapes":
-        recipe += " --encoder small"
-    parser.set_defaults(**RECIPES[recipe])
-    parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
-    args = Args(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(Args):
-        value, bounds = getattr(args, field.name), field.metadata["bounds"]
-        for number in (value if field.type is list else [value]) if bounds else ():
-            if not (field.metadata["low"] <= number <= field.metadata["high"] and math.isfinite(number)):
-                raise UserError(f"--{field.name.replace('_', '-')} {number}: must be {bounds}")
-    if args.resume not in ("", "auto"):
-        args.out = args.resume
-    if args.out == "auto":
-        args.out = f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
-    return args
-
-
-# === Views ==========================================================================================================
-
-
-def rotate_batch(images, rotations=4):
-    """Every image turned counter-clockwise by every angle: (N, C, S, S) -> (rotations N, C, S, S), labels.
-
-    First all images as they are, then all turned once, and so on; labels (rotations N,) count from 0. The angles are
-    0, 90, 180 and 270 degrees, or 0 and 180. A turn by 90 degrees needs no interpolation and leaves no trace in
-    the pixels that would give it away (paper, section 2.2).
-    """
-    turned = [images.rot90(turns, (2, 3)) for turns in range(0, 4, 4 // rotations)]
-    labels = torch.arange(rotations, device=images.device).repeat_interleave(len(images))
-    return torch.cat(turned), labels
-
-
+# === Views ============================================================================================================
 def shifted(images, args, generator):
-    """uint8 (N, 3, S, S) -> float in [0, 1], shifted and mirrored at random: what is done before turning."""
-    return common.random_crop(images / 255, args.padding, generator)
+    """uint8 (N, 3, S, S) -> float in [0, 1], shifted and mirrored at random (authors' code)."""
+    return common.random_crop(images / 255, round(args.shift * images.shape[3]), generator)
 
 
-def network_input(x):
-    """Images in [0, 1] as an encoder takes them: normalised, and in the layout that convolutions like best."""
-    return common.normalize(x).contiguous(memory_format=torch.channels_last)
+def rotate_batch(images):
+    """Images, counter-clockwise by 0, 90, 180 and 270 degrees: (N, C, S, S) -> (4N, C, S, S), labels 0 to 3 (4N,). All
+    copies of an image are in one batch, which trains better than one random rotation of each (paper, section 3.1)."""
+    labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
+    return torch.cat([images.rot90(y, (2, 3)) for y in range(4)]), labels
 
 
-# === Model ==========================================================================================================
-
-
+# === Model ============================================================================================================
 def nin_block(channels, kernel_size, stride=1, pool=None):
-    """A block of Network in Network: a convolution and two of 1x1, each with batch norm and ReLU, and a pool.
-
-    channels: of the input and of the three outputs. The initialisation is that of the authors' code.
-    """
+    """A block of Network in Network: a convolution and two of 1x1, each with batch norm and ReLU, then a pool; channels
+    are those of the input and of the three outputs. The initialization is that of the authors' code."""
     layers = []
     for c_in, c_out, k, s in zip(channels, channels[1:], (kernel_size, 1, 1), (stride, 1, 1), strict=False):
         layers += [nn.Conv2d(c_in, c_out, k, s, k // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
@@ -178,210 +99,81 @@ def nin_block(channels, kernel_size, stride=1, pool=None):
     return nn.Sequential(*layers, *([pool] if pool else []))
 
 
-def build_nin(name, blocks=4):
-    """The paper's Network in Network without its classifier, as nn.Sequential of blocks, and its channels D.
-
-    nin: of 32 x 32 pixels block 1 makes (96, 16, 16), every later one (192, 8, 8). small: (64, 8, 8), (64, 4, 4).
-    """
-    D, second, third, stride = (64, 64, 64, 2) if name == "small" else (192, 160, 96, 1)
-    first_pool, second_pool = nn.MaxPool2d(3, stride=2, padding=1), nn.AvgPool2d(3, stride=2, padding=1)
-    encoder = nn.Sequential(
-        nin_block((3, D, second, third), 5, stride, first_pool),
-        nin_block((third, D, D, D), 5, pool=second_pool),
-        *(nin_block((D, D, D, D), 3) for _ in range(blocks - 2)),
-    )
-    return encoder, D
+def build_encoder(name):
+    """The paper's Network in Network without its classifier, an nn.Sequential of blocks, and its channels D. Of 32 x 32
+    pixels block 1 makes (96, 16, 16), every later one (192, 8, 8); small: (64, 8, 8), (64, 4, 4)."""
+    D, *narrow, stride, blocks = (64, 64, 64, 2, 3) if name == "small" else (192, 160, 96, 1, 4)
+    first = nin_block((3, D, *narrow), 5, stride, nn.MaxPool2d(3, stride=2, padding=1))
+    second = nin_block((narrow[1], D, D, D), 5, pool=nn.AvgPool2d(3, stride=2, padding=1))
+    return nn.Sequential(first, second, *(nin_block((D, D, D, D), 3) for _ in range(blocks - 2))), D
 
 
-class RotNet(nn.Module):
-    """Blocks and a linear layer: (B, 3, S, S) -> logits of the rotations (B, rotations)."""
-
-    def __init__(self, args):
-        super().__init__()
-        self.encoder, D = build_nin(args.encoder, args.blocks)
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, args.rotations))
-
-    def forward(self, x):
-        return self.classifier(self.encoder(x))  # (B, rotations)
+def build_rotnet(args):
+    """Encoder and linear classifier: (B, 3, S, S) -> logits of the rotations (B, 4)."""
+    encoder, D = build_encoder(args.encoder)
+    classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, 4))
+    return nn.Sequential(OrderedDict(encoder=encoder, classifier=classifier))
 
 
-# === Pretrain =======================================================================================================
+# === Loss =============================================================================================================
+def rotation_loss(logits, labels):
+    """Equation 2 of the paper: logits (4N, 4) of all copies and their rotations (4N,) -> mean of -log F^y, in nats. Who
+    guesses is right in 25 % of the cases, and has a loss of log 4 = 1.39."""
+    return F.cross_entropy(logits, labels)
 
 
-def autocast(device):
-    """bfloat16 for the network on a GPU; losses and the state of the optimizer stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def sgd(model, args, steps):
-    """The paper's optimizer for what can be trained in a model, and its learning rate: three times down to a fifth."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True, fused=True
-    )
-    drops = [round(share * steps) for share in (0.3, 0.6, 0.8)]
-    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.2)
-
-
-def pretrain(model, images, args, run, monitor):
-    """Learns to tell rotations of images, uint8 (M, 3, S, S). There are no labels here; monitor() -> metrics."""
-    device, N = next(model.parameters()).device, args.batch_size
-    steps = len(images) // N  # an epoch leaves out an incomplete last batch
-    optimizer, schedule = sgd(model, args, args.epochs * steps)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    generator = torch.Generator(device)
-    for epoch in range(run.restore(parts) + 1, args.epochs + 1):
-        start = time.perf_counter()
+# === Pretrain =========================================================================================================
+def pretrain(model, images, args, monitor):
+    """Learns to predict rotations of images, uint8 (M, 3, S, S); monitor() -> metrics. Returns those of all epochs."""
+    device = next(model.parameters()).device
+    N, steps = args.batch_size // WORLD, len(images) // args.batch_size  # an incomplete last batch is left out
+    optimizer, schedule = make_optimizer(model, args, args.epochs * steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    history = load_checkpoint(args, state, images)
+    network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start, log = time.perf_counter(), torch.zeros(steps, 2, device=device)
+        order, generator = draws(args, epoch, images, device)
         model.train()
-        generator.manual_seed(args.seed * 100_000 + epoch)  # an epoch's draws depend on nothing before it
-        order = torch.randperm(len(images), generator=generator, device=device)
-        losses, right = torch.zeros(2, steps, device=device)
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
-            x, labels = rotate_batch(shifted(batch, args, generator), args.rotations)  # (4N, 3, S, S), (4N,)
+            x, labels = rotate_batch(shifted(batch, args, generator))  # (4N, 3, S, S), (4N,)
             with autocast(device):
-                logits = model(network_input(x))  # (4N, 4)
-            loss = F.cross_entropy(logits.float(), labels)  # the mean over all turns of all pictures
+                logits = network(common.normalize(x)).float()  # (4N, 4)
+            loss = rotation_loss(logits, labels)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
-            losses[step] = loss.detach()
-            right[step] = (logits.argmax(1) == labels).float().mean()
-            run.foresee(step, losses)
-        loss = run.mean_loss(losses, epoch)  # the one wait for the device in an epoch
-        seconds = time.perf_counter() - start
-        metrics = {"loss": loss, "rotation": right.mean().item(), "images_per_second": steps * N / seconds}
+            log[step] = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+            show_progress(args, epoch, step, steps, start)
+        loss, rotation = log.mean(0).tolist()  # reading it in every step would make the host wait for the GPU
+        metrics = {"loss": loss, "rotation": rotation, "seconds": time.perf_counter() - start}
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             metrics |= monitor()
-        run.log(epoch, metrics | {"seconds": seconds})
-        run.save(epoch, parts)
+        history.append({"epoch": epoch, **metrics})
+        save_epoch(args, state, images, history)
+    return history
 
 
-class Run:
-    """The folder of a run: args.json, metrics.jsonl, checkpoint.pt and summary.json; and progress on the screen."""
-
-    def __init__(self, args):
-        """Reads the checkpoint to go on from, if any. Raises UserError where it does not fit, or would be lost."""
-        self.args, self.folder, self.history, self.ticks, self.state = args, Path(args.out), [], [], None
-        path = self.folder / "checkpoint.pt"
-        if path.exists() and not args.resume:
-            raise UserError(f"--out {self.folder}: holds a run already; go on with --resume, or name another folder")
-        if path.exists():
-            try:
-                self.state = torch.load(path, map_location="cpu", weights_only=True)
-                method, before, self.history = (self.state[key] for key in ("method", "args", "history"))
-            except Exception:  # a file that is torn or something else fails in many ways
-                raise UserError(f"{path}: not a checkpoint that can be read") from None
-            if method != METHOD:
-                raise UserError(f"{path}: is of {method}, not of {METHOD}")
-            for field in dataclasses.fields(args):
-                was, now = before.get(field.name), getattr(args, field.name)
-                if was != now and not field.metadata["free"]:
-                    raise UserError(f"{path}: was made with --{field.name.replace('_', '-')} {was}, not {now}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.write("args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
-
-    def write(self, name, content):
-        """Text, or what torch.save takes; under a temporary name first, so that no file is ever half there."""
-        temporary = self.folder / f"{name}.partial"
-        temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
-        temporary.replace(self.folder / name)
-
-    def restore(self, parts):
-        """Puts the checkpoint into the parts -> the epochs it has behind it. Without one, the start becomes one."""
-        if self.state is None:
-            self.save(0, parts)
-            return 0
-        for name, part in parts.items():
-            part.load_state_dict(self.state[name])
-        return self.state["epoch"]
-
-    def save(self, epoch, parts):
-        """The checkpoint: tensors and plain values only, so that it loads with weights_only=True."""
-        state = {"method": METHOD, "args": dataclasses.asdict(self.args), "epoch": epoch, "history": self.history}
-        self.write("checkpoint.pt", state | {name: part.state_dict() for name, part in parts.items()})
-
-    def foresee(self, step, losses):
-        """Says early how long pretraining will take, from the ten steps between two of the first ones."""
-        if step in (10, 20) and len(self.ticks) < 2:
-            losses[step].item()  # waits for the device
-            self.ticks.append(time.perf_counter())
-            if step == 20:
-                epochs = self.args.epochs - len(self.history)
-                minutes = (self.ticks[1] - self.ticks[0]) / 10 * len(losses) * epochs / 60
-                print(f"pretraining will take about {minutes:.1f} minutes", flush=True)
-
-    def mean_loss(self, losses, epoch):
-        """losses (steps,) of an epoch -> their mean. Raises UserError if one of them is not finite."""
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step = (epoch - 1) * len(losses) + bad[0].item() + 1
-            raise UserError(
-                f"the loss is not finite at step {step}, in epoch {epoch}: try a smaller --lr in another --out; "
-                f"{self.folder / 'checkpoint.pt'} is that of epoch {epoch - 1}"
-            )
-        return losses.mean().item()
-
-    def log(self, epoch, metrics):
-        """A line of metrics.jsonl, and a shorter one on the screen."""
-        self.history.append({"epoch": epoch} | metrics)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(self.history[-1]) + "\n")
-        left = sum(line["seconds"] for line in self.history) / epoch * (self.args.epochs - epoch)
-        minutes, seconds = divmod(round(left), 60)
-        shown = {k: v for k, v in metrics.items() if isinstance(v, float) and k != "seconds"}
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        print(f"epoch {epoch}/{self.args.epochs}  {minutes}:{seconds:02} left  {numbers}", flush=True)
-
-    def finish(self, start, device, encoder, results):
-        """summary.json from results = {name: numbers or rows of them} and what every run has to say -> its content."""
-        summary = {
-            "method": METHOD,
-            "command": shlex.join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "dataset": self.args.dataset,
-            "seed": self.args.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "epochs": self.args.epochs,
-            "resumed_at_epoch": self.state["epoch"] if self.state else 0,
-            "parameters": sum(p.numel() for p in encoder.parameters()),
-            "images_per_second": statistics.median(line["images_per_second"] for line in self.history),
-            "peak_memory_gb": peak_memory_gb(device),
-            "pretrain_seconds": sum(line["seconds"] for line in self.history),
-            "total_seconds": time.perf_counter() - start,
-            **results,
-            "history": self.history,
-        }
-        self.write("encoder.pt", encoder.state_dict())
-        self.write("summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"{summary['total_seconds']:.0f} s in all; summary.json, encoder.pt and pictures are in {self.folder}")
-        return summary
-
-
-# === Evaluate =======================================================================================================
-
-
+# === Evaluate =========================================================================================================
 @torch.no_grad()
-def features(encoder, images):
-    """Whole pictures through the frozen encoder: uint8 (M, 3, S, S) -> float32 (M, D)."""
-    device = next(encoder.eval().parameters()).device
+def features(network, images):
+    """Images without augmentation, uint8 (M, 3, S, S), through a frozen network -> float32 (M, D)."""
+    device = next(network.eval().parameters()).device
     with autocast(device):
-        return torch.cat([encoder(network_input(x.to(device) / 255)).float() for x in images.split(512)])
+        h = torch.cat([network(common.normalize(x.to(device) / 255)).float() for x in images.split(512)])
+    if not h.isfinite().all():
+        raise UserError("the features are not finite, so there is nothing to measure: try a smaller --lr")
+    return h
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
-    """Weighted nearest neighbours (Wu et al. 2018, InstDisc): features (M, D), (Q, D) -> accuracy in [0, 1].
-
-    The k pictures of the bank of highest cosine s with a query vote for their class, each with exp(s / temperature).
-    """
-    bank, queries, correct = F.normalize(bank, dim=1), F.normalize(queries, dim=1), 0
-    classes = int(bank_labels.max()) + 1
+    """k nearest neighbors, features (M, D), (Q, D) -> accuracy in [0, 1]. Those of highest cosine s with a query vote
+    for their class, each with exp(s / temperature) (Wu et al. 2018; k and temperature of MoCo's CIFAR-10 notebook)."""
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    classes, correct = int(bank_labels.max()) + 1, 0
     for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
         s, nearest = (query @ bank.T).topk(min(k, len(bank)))  # (B, k)
         votes = torch.zeros(len(query), classes, device=bank.device)
@@ -391,262 +183,318 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 
 def linear_probe(train, train_labels, test, test_labels):
-    """Logistic regression on frozen features (M, D), as in CLIP's appendix A.3 -> accuracy on test in [0, 1].
+    """Logistic regression on standardized frozen features (M, D), (Q, D), by L-BFGS and with C = 1, scikit-learn's
+    defaults -> accuracy on test in [0, 1]."""
+    mean, std = train.mean(0), train.std(0, correction=0) + 1e-5
+    train, test = (train - mean) / std, (test - mean) / std
+    layer = nn.Linear(train.shape[1], int(train_labels.max()) + 1, device=train.device)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
-    Features are standardised; of six L2 strengths the one counts that is best on a tenth of the training labels,
-    held out; then all of them are fitted.
-    """
-    mean, std = train.mean(0), train.std(0)
-    train, test = ((x - mean) / (std + 1e-5) for x in (train, test))
-    classes = int(train_labels.max()) + 1
-
-    def fit(layer, x, y, l2):
-        """Minimises cross-entropy + l2 |weights|^2 from where the layer stands; the problem is convex."""
-        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-
-        def objective():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(layer(x), y) + l2 * layer.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(objective)
-
-    def accuracy(layer, x, y):
-        return (layer(x).argmax(1) == y).sum().item() / len(y)
-
-    held = torch.arange(len(train), device=train.device) % 10 == 0
-    layer, best, strength = nn.Linear(train.shape[1], classes, device=train.device), -1.0, None
-    nn.init.zeros_(layer.weight)
-    for l2 in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):  # from strong to weak, each from the solution of the one before
-        fit(layer, train[~held], train_labels[~held], l2)
-        score = accuracy(layer, train[held], train_labels[held])
-        if score > best:
-            best, strength = score, l2
-    fit(layer, train, train_labels, strength)
-    return accuracy(layer, test, test_labels)
-
-
-def probes(train, train_labels, test, test_labels):
-    """Features (M, D), (Q, D) and labels -> accuracies on test."""
-    return {
-        "knn": knn_accuracy(train, train_labels, test, test_labels),
-        "linear_probe": linear_probe(train, train_labels, test, test_labels),
-    }
-
-
-def pooled(blocks):
-    """The features of the last of these blocks that kNN and linear probe read: the map's mean in each quarter."""
-    return nn.Sequential(blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
-
-
-def nonlinear_classifier(shape, classes):
-    """The paper's three layers on the whole feature map, shape (C, H, W): 200-200-10 for ten classes."""
-    hidden = min(20 * classes, 2048)
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(math.prod(shape), hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-        nn.Linear(hidden, classes),
-    )  # fmt: skip
-
-
-def conv_classifier(shape, classes):
-    """The paper's convolutional classifier of feature maps (C, H, W): one more block, and a linear layer."""
-    C = shape[0]
-    return nn.Sequential(nin_block((C, C, C, C), 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, classes))
-
-
-def train_classifier(blocks, classifier, data, rows, args, freeze=True):
-    """Trains one of these classifiers on blocks with the labels of some rows -> accuracy on test.
-
-    The blocks are frozen or, in a copy, trained as well. Shifts and flips, and the optimizer, are those of
-    pretraining; the steps are as many for few labels as for all: classifier_epochs times the pictures with labels.
-    """
-    device, N = data.train_labels.device, min(args.batch_size, len(rows))
-    steps = args.classifier_epochs * max(1, len(data.train_labels) // args.batch_size)
-    torch.manual_seed(args.seed)
-    shape = features(blocks, data.test_images[:1]).shape[1:]  # (C, H, W)
-    model = nn.Sequential(copy.deepcopy(blocks), classifier(shape, len(data.classes)).to(device)).train()
-    if freeze:
-        model[0].eval().requires_grad_(False)
-    optimizer, schedule = sgd(model, args, steps)
-    generator, whole, order = torch.Generator(device).manual_seed(args.seed), len(rows) // N * N, []
-    while len(order) * whole < steps * N:
-        order.append(rows[torch.randperm(len(rows), generator=generator, device=device)[:whole]])
-    order = torch.cat(order)[: steps * N]
-    for index, batch in zip(order.split(N), common.batches(data.train_images, order, N, device), strict=True):
-        x = network_input(shifted(batch, args, generator))  # (N, 3, S, S)
-        with autocast(device):
-            logits = model(x)  # (N, classes)
-        loss = F.cross_entropy(logits.float(), data.train_labels[index])
+    def objective():
         optimizer.zero_grad()
+        loss = F.cross_entropy(layer(train), train_labels) + 0.5 / len(train) * layer.weight.square().sum()
         loss.backward()
-        optimizer.step()
+        return loss
+
+    optimizer.step(objective)
+    return (layer(test).argmax(1) == test_labels).float().mean().item()
+
+
+def build_classifier(kind, C, H, W, classes):
+    """The paper's classifiers of feature maps (C, H, W). conv: a third block and a linear layer on its mean. nonlinear:
+    200-200-10 units for ten classes, on maps pooled to 8 x 8 at most, or it would have billions of weights."""
+    if kind == "conv":
+        return nn.Sequential(nin_block((C, C, C, C), 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, classes))
+    size, hidden = (min(H, 8), min(W, 8)), min(20 * classes, 2048)
+    layers = [nn.AdaptiveAvgPool2d(size), nn.Flatten()]
+    for width in (C * math.prod(size), hidden):
+        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(hidden, classes))
+
+
+def train_classifier(kind, blocks, data, rows, epochs, args, freeze=True):
+    """Trains a classifier on blocks, frozen or in a copy trained as well, with the labels of some rows -> accuracy on
+    test. Optimizer, shifts and number of images per step as in pretraining; as many steps as in `epochs` passes over
+    the labels of all images, however few are used."""
+    device, N = rows.device, min(4 * args.batch_size, len(rows))
+    steps = epochs * math.ceil(len(data.train_labels) / (4 * args.batch_size))
+    torch.manual_seed(args.seed)
+    shape = *features(blocks, data.test_images[:1]).shape[1:], len(data.classes)  # C, H, W, classes
+    model = nn.Sequential(copy.deepcopy(blocks).requires_grad_(not freeze), build_classifier(kind, *shape))
+    optimizer, schedule = make_optimizer(model.to(device), args, steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    model[0].train(not freeze)  # frozen batch norm, too
+    order = rows[torch.randint(len(rows), (steps * N,), generator=generator, device=device)]
+    for index, batch in zip(order.split(N), common.batches(data.train_images, order, N, device), strict=True):
+        with autocast(device):
+            logits = model(common.normalize(shifted(batch, args, generator))).float()  # (N, classes)
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(logits, data.train_labels[index])).backward()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
-    return (features(model, data.test_images).argmax(1) == data.test_labels).sum().item() / len(data.test_labels)
+    return (features(model, data.test_images).argmax(1) == data.test_labels).float().mean().item()
 
 
-def evaluate(model, data, args):
-    """Frozen probes and classifiers of every block -> rows of accuracies on test, the first for block 1."""
+def evaluate(encoder, data, args):
+    """Every block, frozen -> a row of accuracies on test each, none without labels: kNN and linear probe of its feature
+    map, pooled to 2 x 2, and the classifiers of the paper's tables 1 and 3."""
     y, test_y, table = data.train_labels, data.test_labels, []
-    everything = torch.arange(len(y), device=y.device)
-    for number in range(1, args.blocks + 1):
-        blocks = model.encoder[:number]
-        h, test_h = (features(pooled(blocks), images) for images in (data.train_images[: len(y)], data.test_images))
-        row = {"block": number} | probes(h, y, test_h, test_y)
-        row["nonlinear"] = train_classifier(blocks, nonlinear_classifier, data, everything, args)
-        if number == 2:
-            row["conv"] = train_classifier(blocks, conv_classifier, data, everything, args)
+    for number in range(1, len(encoder) + 1) if data.classes else ():
+        blocks, rows = encoder[:number], torch.arange(len(y), device=y.device)
+        pooled = nn.Sequential(blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        h, test_h = (features(pooled, x) for x in (data.train_images[: len(y)], data.test_images))
+        row = {"knn": knn_accuracy(h, y, test_h, test_y), "linear_probe": linear_probe(h, y, test_h, test_y)}
+        for kind in ("nonlinear", "conv") if number == 2 else ("nonlinear",):
+            row[kind] = train_classifier(kind, blocks, data, rows, args.classifier_epochs, args)
         table.append(row)
     return table
 
 
-def rotation_accuracy(model, images, rotations):
-    """The pretext task on pictures that were not trained on, turned but not shifted -> accuracy in [0, 1]."""
-    device, right = next(model.parameters()).device, 0
-    for batch in images.split(512):
-        x, labels = rotate_batch(batch.to(device), rotations)
-        right += (features(model, x).argmax(1) == labels).sum().item()
-    return right / (rotations * len(images))
+def semi_supervised(untrained, encoder, data, rows, args):
+    """A point of the lecture's figure, with the labels of some rows: a third block and a linear layer trained on two
+    pretrained, frozen blocks, and the same network trained from scratch, both as long as authors train the latter."""
+    frozen = train_classifier("conv", encoder[:2], data, rows, 2 * args.classifier_epochs, args)
+    scratch = train_classifier("conv", untrained[:2], data, rows, 2 * args.classifier_epochs, args, freeze=False)
+    return {"labels": len(rows), "frozen": frozen, "from_scratch": scratch}
 
 
-def few_labels(scratch, model, data, rows, args):
-    """A point of the lecture's semi-supervised figure, for the labels of some rows -> accuracies on test.
-
-    The third block and the linear layer are trained on the first two blocks, pretrained and frozen; and the same
-    network is trained from scratch. Both have the same number of steps.
-    """
-    print(f"training on {len(rows)} labels, on frozen blocks and from scratch", flush=True)
-
-    def accuracy(encoder, freeze):
-        return train_classifier(encoder[:2], conv_classifier, data, rows, args, freeze)
-
-    row = {
-        "labels": len(rows),
-        "frozen": accuracy(model.encoder, True),
-        "from_scratch": accuracy(scratch.encoder, False),
-    }
-    return row | ({"fine_tuned": accuracy(model.encoder, False)} if args.fine_tune else {})
+def rotation_accuracy(model, images):
+    """The pretext task on images that were not trained on, uint8 (M, 3, S, S) -> accuracy in [0, 1]; 0.25 is chance."""
+    correct = [features(model, images.rot90(y, (2, 3))).argmax(1) == y for y in range(4)]
+    return torch.cat(correct).float().mean().item()
 
 
-# === Pictures =======================================================================================================
+# === Nothing below is about RotNet: optimizer, several GPUs, run folder, figures, command line ========================
+def autocast(device):
+    """bfloat16 where the GPU has it, else float16; float32 on other devices."""
+    bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16 if bfloat16 else torch.float16, enabled=device.type == "cuda")
 
 
-def save_rotations(path, model, images, args):
-    """rotations.png: pictures, uint8 (R, 3, S, S), a row each, turned by every angle, and under each what the model
-    takes it for and with which probability; green where it is right."""
-    x, labels = rotate_batch(images, args.rotations)
-    p = features(model, x).softmax(1).cpu()  # (4R, 4)
-    size, gap, foot, step = 96, 12, 18, 360 // args.rotations
-    page = Image.new("RGB", (args.rotations * (size + gap) + gap, len(images) * (size + foot + gap) + gap), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (image, label) in enumerate(zip(x.cpu(), labels.tolist(), strict=True)):
-        left, top = gap + label * (size + gap), gap + i % len(images) * (size + foot + gap)
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-        page.paste(tile.resize((size, size), Image.Resampling.NEAREST), (left, top))
-        guess = p[i].argmax().item()
-        text = f"{guess * step}°  {p[i, guess]:.0%}"
-        draw.text((left, top + size + 2), text, fill="green" if guess == label else "red", font_size=13)
-    page.save(path)
+def make_optimizer(model, args, steps):
+    """The paper's SGD, whose learning rate is divided by 5 three times."""
+    options = dict(momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, **options)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(f * steps) for f in (0.3, 0.6, 0.8)], 0.2)
 
 
-# === Main ===========================================================================================================
+def draws(args, epoch, images, device):
+    """An epoch's images of this process, in random order, and the generator of its views: the same in a resumed run."""
+    seed, used = args.seed * 100_000 + epoch, len(images) // args.batch_size * args.batch_size
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:used].to(device)
+    return order[RANK::WORLD], torch.Generator(device).manual_seed(seed + 50_000 * (RANK + 1))
 
 
 def pick_device(name):
-    """The device of that name, or the best there is for `auto`. Raises UserError where it is not there."""
+    """The device of that name, or the best there is for `auto`; one GPU for each process, and they meet here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        x = torch.zeros(1, device=f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and WORLD > 1 else name)
+        x.item()  # devices that hold no numbers, such as `meta`, fail here
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]})") from None
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if x.is_cuda else "gloo", timeout=timedelta(days=1))
+        sys.stdout = sys.stdout if RANK == 0 else None  # print then does nothing
+    return x.device
 
 
-def peak_memory_gb(device):
-    """Of the device, or of the whole process on a CPU; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+@contextlib.contextmanager
+def run_folder(args):
+    """Makes the folder of the run, and locks it until the run ends: two runs never write to one folder."""
+    folder = Path(args.out)
     try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            if os.name == "posix" and RANK == 0:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / "checkpoint.pt").exists() and not args.resume:
+                raise UserError(f"--out {folder}: holds a run; go on with --resume {folder}, or name another folder")
+            yield folder
+    except BrokenPipeError:  # of a print
+        raise
+    except OSError as error:
+        reason = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"--out {folder}: cannot be used ({reason})") from None
 
 
-def print_table(rows):
-    """Rows, dicts with the same keys: floats are accuracies."""
-    print()
-    for row in ({key: key for key in rows[0]}, *rows):
-        cells = (f"{v:.1%}" if isinstance(v, float) else str(v) for v in row.values())
-        print("".join(f"{cell:>{max(14, len(key) + 2)}}" for cell, key in zip(cells, row, strict=True)))
+def save(path, content):
+    """Text, or what torch.save takes, under a temporary name first: a killed run leaves no torn file."""
+    if RANK == 0:
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with open(partial, "wb") as file:
+                file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def show_progress(args, epoch, step, steps, start):
+    """On a terminal, every tenth of an epoch: how far it is, and how long the rest of the run will take."""
+    if RANK == 0 and sys.stdout.isatty() and (step + 1) % max(1, steps // 10) == 0:
+        done = (step + 1) / steps
+        left = (time.perf_counter() - start) / done * (args.epochs - epoch + 1 - done)
+        print(f"epoch {epoch}/{args.epochs} {done:4.0%}, {left / 60:.1f} min left ", end="\r", flush=True)
+
+
+def save_epoch(args, state, images, history):
+    """Prints the last line of the history; writes all of it and the checkpoint, if loss and weights are finite."""
+    epoch, loss = len(history), history[-1]["loss"]
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in history[-1].items() if isinstance(value, float))
+    print(f"epoch {epoch}/{args.epochs}  {shown}", flush=True)
+    if not (math.isfinite(loss) and nn.utils.get_total_norm(state["model"].parameters()).isfinite()):
+        raise UserError(f"the loss is not finite in epoch {epoch}: try a smaller --lr; the last checkpoint is kept")
+    save(Path(args.out, "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in history))
+    content = {name: part.state_dict() for name, part in state.items()}
+    save(Path(args.out, "checkpoint.pt"), content | {"images": common.fingerprint(images), "history": history})
+
+
+def load_checkpoint(args, state, images):
+    """Restores the run in args.out, if it has finished an epoch -> its history. The flags fit, and are kept."""
+    path, history = Path(args.out, "checkpoint.pt"), []
+    if path.exists():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(content[name])
+            history = content["history"]
+        except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
+            raise UserError(f"{path}: is not a checkpoint of this run with these flags") from None
+        if content["images"] != common.fingerprint(images):
+            raise UserError(f"{path}: --dataset {args.dataset} is not what it was when the run began")
+    save(Path(args.out, "args.json"), json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    return history
+
+
+def save_rotations(path, model, data):
+    """A column of rotations for a test image of each of ten classes, and under each of them the prediction and its
+    probability, green if it is right."""
+    some = [(data.test_labels == label).nonzero()[0, 0] for label in data.test_labels.unique()[:10]]
+    x, labels = rotate_batch(torch.stack([data.test_images[i] for i in some]))
+    tiles = F.pad(F.interpolate(x.cpu() / 255, scale_factor=max(1, round(96 / x.shape[3]))), (8, 8, 8, 24), value=1.0)
+    sheet = torchvision.transforms.functional.to_pil_image(torchvision.utils.make_grid(tiles, len(some), padding=0))
+    for i, p in enumerate(features(model, x).softmax(1)):
+        place = i % len(some) * tiles.shape[3] + 8, (i // len(some) + 1) * tiles.shape[2] - 22
+        color = "green" if p.argmax() == labels[i] else "red"
+        ImageDraw.Draw(sheet).text(place, f"{90 * p.argmax()}°  {p.max():.0%}", fill=color, font_size=14)
+    if RANK == 0:
+        sheet.save(path)
+
+
+SHAPES = dict(encoder="small", epochs=4, batch_size=32, shift=0.0625, classifier_epochs=5, eval_every=2)
+SMALL = dict(image_size=32, epochs=2, batch_size=64, classifier_epochs=2, eval_every=1)
+
+
+def parse_args(argv=None):
+    """The command line, over the recipe of its dataset or over the flags of the run to resume -> Args."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    fields = [field for field in dataclasses.fields(Args) if field.metadata]
+    parser = argparse.ArgumentParser(f"{METHOD}.py", argparse.SUPPRESS, __doc__, formatter_class=RAW, add_help=False)
+    for field in fields:
+        name, help = "--" + field.name.replace("_", "-"), field.metadata["help"] + " (%(default)s)"
+        parser.add_argument(name, help=help, **field.metadata["options"] or {"type": field.type})
+    given = parser.parse_known_args(argv)[0]  # None for what is not given
+    args = Args(**SHAPES if given.dataset in (None, "shapes") else SMALL if given.encoder == "small" else {})
+    if given.resume:
+        try:
+            args = Args(**json.loads(Path(given.resume, "args.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            parser.error(f"--resume {given.resume}: there is no run of {METHOD}.py in this folder")
+    parser.set_defaults(**vars(args))
+    parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
+    parser.parse_args(argv, args)
+    for field in fields:
+        low, value, high = field.metadata["low"], getattr(args, field.name), field.metadata["high"]
+        if low is not None and not low <= value <= high:
+            parser.error(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high}")
+    if given.out and given.resume:
+        parser.error("--out: a resumed run stays in its folder")
+    args.typed = [*args.typed, *(field.name for field in fields if getattr(given, field.name) is not None)]
+    args.command = shlex.join([*shlex.split(args.command), *argv])
+    args.out = args.resume or args.out or f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
+    return args
 
 
 def main(args):
-    """Loads, measures the untrained encoder, pretrains, measures again -> the content of summary.json."""
-    start = time.perf_counter()
+    """Measures the untrained encoder, pretrains without labels, measures again -> the content of summary.json."""
+    start, load = time.perf_counter(), [args.dataset, args.data_dir, args.image_size]
+    data = common.load_dataset(*load) if RANK == 0 else None  # the others wait below while this downloads or decodes
     device = pick_device(args.device)
-    data = common.load_dataset(args.dataset, args.data_dir, args.image_size).to(device)
-    M, _, S, _ = data.train_images.shape
-    if args.batch_size > M:
-        raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {M} training pictures")
-    amounts = args.labels or [1.0] * args.fine_tune
-    if amounts and not data.classes:
-        raise UserError(f"--labels and --fine-tune: {args.dataset} has no classes, no folders train/<class>")
-    subsets = [common.labelled_rows(data.train_labels, amount, args.seed) for amount in amounts]
-    run = Run(args)
-    print(f"{METHOD} on {args.dataset}: {M} pictures, {S} x {S}, {len(data.train_labels)} of them with labels; "
-          f"{device}; results go to {run.folder}", flush=True)  # fmt: skip
-    if not data.classes:
-        print("there are no train/<class> folders, so the probes are skipped")
-    if device.type == "cpu" and args.encoder != "small":
-        print(f"{args.encoder} is made for a GPU; the recipe for a CPU is --encoder small")
-
+    data = (data or common.load_dataset(*load)).to(device)
+    y, (M, _, S, _) = data.train_labels, data.train_images.shape
+    args.batch_size = args.batch_size if "batch_size" in args.typed else min(args.batch_size, M // WORLD * WORLD)
+    if args.batch_size > M or args.batch_size % WORLD:
+        raise UserError(f"--batch-size {args.batch_size}: at most the {M} images, in equal parts for {WORLD} processes")
+    subsets = [common.labelled_rows(y, amount, args.seed) for amount in args.labels]
     torch.manual_seed(args.seed)
-    model = RotNet(args).to(device, memory_format=torch.channels_last)
-    scratch = copy.deepcopy(model)
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # as of common.normalize
+    model = build_rotnet(args).to(device, memory_format=layout)
+    if WORLD > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    initial = copy.deepcopy(model)
+    if args.compile:
         model.compile()
         common.compile_operators()
-    untrained = evaluate(scratch, data, args) if data.classes else []
 
-    def monitor():
-        """kNN on block 2 of a tenth of the training pictures among the rest: what recipes are chosen by."""
-        if not data.classes:
-            return {}
-        labels, held = data.train_labels, torch.arange(len(data.train_labels), device=device) % 10 == 0
-        h = features(pooled(model.encoder[:2]), data.train_images[: len(labels)])
-        return {"knn": knn_accuracy(h[~held], labels[~held], h[held], labels[held])}
+    def monitor():  # kNN of block 2 on a tenth of the training labels, from the others: what recipes are chosen by
+        blocks, order = nn.Sequential(model.encoder[:2], nn.AdaptiveAvgPool2d(2)), torch.Generator().manual_seed(0)
+        h = features(blocks, data.train_images[: len(y)]).flatten(1)
+        held, rest = torch.randperm(len(y), generator=order).to(device).tensor_split([len(y) // 10])
+        return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
-    pretrain(model, data.train_images, args, run, monitor)
-    trained = evaluate(model, data, args) if data.classes else []
-    few = [few_labels(scratch, model, data, rows, args) for rows in subsets]
-    shown = data.train_images[:8]
-    if data.classes:  # a test picture of each class
-        first = [(data.test_labels == label).nonzero()[0, 0].item() for label in data.test_labels.unique()[:10]]
-        shown = data.test_images[first]
-    save_rotations(run.folder / "rotations.png", model, shown.to(device), args)
-    results = {"untrained": {}, "trained": {}, "semi_supervised": few}
-    if data.classes:
-        rotation = rotation_accuracy(model, data.test_images, args.rotations)
-        blocks = {"untrained": untrained, "trained": trained}
-        results |= {"untrained": untrained[1], "trained": trained[1] | {"rotation": rotation}, "blocks": blocks}
-        blank = dict.fromkeys(("encoder", *trained[1]), "")
-        print_table([blank | {"encoder": name} | row for name, rows in blocks.items() for row in rows])
-        print(f"rotations of test pictures told right: {rotation:.1%}")
-    if few:
-        print_table(few)
-    return run.finish(start, device, model.encoder, results)
+    with run_folder(args) as folder:
+        print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
+        untrained = evaluate(initial.encoder, data, args)
+        history = pretrain(model, data.train_images, args, monitor if data.classes else dict)
+        print("measuring", flush=True)
+        trained, rotation = evaluate(model.encoder, data, args), rotation_accuracy(model, data.test_images)
+        few = [semi_supervised(initial.encoder, model.encoder, data, rows, args) for rows in subsets]
+        seconds = [line["seconds"] for line in history]
+        summary = {
+            "method": METHOD,
+            "command": args.command,
+            "args": dataclasses.asdict(args),
+            "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "parameters": sum(p.numel() for p in model.encoder.parameters()),
+            "images_per_second": M // args.batch_size * args.batch_size / sorted(seconds)[len(seconds) // 2],
+            "pretrain_seconds": sum(seconds),
+            "total_seconds": time.perf_counter() - start,
+            "untrained": untrained[1] if untrained else {},  # block 2
+            "trained": (trained[1] if trained else {}) | {"rotation": rotation},
+            "blocks": {"untrained": untrained, "trained": trained},
+            "semi_supervised": few,
+            "history": history,
+        }
+        save(folder / "encoder.pt", model.encoder.state_dict())
+        save(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        save_rotations(folder / "rotations.png", model, data)
+    for number, (before, after) in enumerate(zip(untrained, trained, strict=True), 1):
+        print(f"block {number}  " + "  ".join(f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in before))
+    hint = ", which is chance: do these images have an upright?" if rotation < 0.3 else "; chance is 25%"
+    print(f"rotations of test images predicted correctly: {rotation:.1%}{hint}")
+    for row in few:
+        print("  ".join(f"{name} {value:{'' if name == 'labels' else '.1%'}}" for name, value in row.items()))
+    print(f"{summary['total_seconds']:.0f} s in all; results are in {folder}")
+    return summary
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{METHOD}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last whole epoch", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a `| head` that has read enough
+        sys.stdout = None
+        sys.exit("stopped; --resume with the run folder goes on from the last whole epoch")

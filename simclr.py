@@ -428,8 +428,7 @@ def save_neighbors(path, data, before, after):
 
     blocks = {"test image": framed(data.test_images, queries[:, None], torch.full_like(queries[:, None], 2))}
     for title, (train, test) in {"nearest before training": before, "nearest after training": after}.items():
-        nearest = (F.normalize(test[queries], dim=1) @ F.normalize(train, dim=1).T).topk(min(7, len(train))).indices
-        nearest = nearest[:, :6] if data.classes else nearest[:, 1:]  # without classes, the first is the image itself
+        nearest = (F.normalize(test[queries], dim=1) @ F.normalize(train, dim=1).T).topk(min(6, len(train))).indices
         same = data.train_labels[nearest] == data.test_labels[queries, None] if data.classes else 2 + 0 * nearest
         blocks[title] = framed(data.train_images, nearest, same.long())
     save_sheet(path, blocks)

@@ -49,9 +49,10 @@ SMALL = "--encoder", "small", "--device", "cpu", "--epochs", "2"
 
 @pytest.fixture(scope="session")
 def two_processes(tiny_shapes, tmp_path_factory):
-    """The folder of two processes that have trained, and resumed, with simclr.py and moco.py; and what each printed."""
+    """The folder of two processes that have trained, and resumed, with the scripts; and what each printed."""
     folder, commands = tmp_path_factory.mktemp("processes"), {}
-    for name, flags in {"simclr": [], "moco": ["--queue-size", "64", "--bn-groups", "2"]}.items():
+    own = {"simclr": [], "moco": ["--queue-size", "64", "--bn-groups", "2"], "rotnet": ["--classifier-epochs", "1"]}
+    for name, flags in own.items():
         run = str(folder / name)
         words = ["--dataset", str(tiny_shapes), *SMALL, "--batch-size", "32", *flags, "--out", run]
         commands[name] = words, ["--resume", run, "--epochs", "3"]

@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import moco  # noqa: E402
+import rotnet  # noqa: E402
 import simclr  # noqa: E402
 from simclr import RANK, WORLD  # noqa: E402
 
@@ -73,6 +74,18 @@ def moco_gradients():
     compare("moco-gradient", parameters_after_a_step(alone.query_encoder, whole), gradients)
 
 
+def rotnet_gradients():
+    torch.manual_seed(0)
+    model = rotnet.build_rotnet(rotnet.parse_args([])).double().eval()  # batch norm is not synchronized on CPUs
+    alone, network = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    x, labels = rotnet.rotate_batch(images[RANK::WORLD])
+    loss = rotnet.rotation_loss(network(x), labels)
+    x, labels = rotnet.rotate_batch(images)
+    whole = rotnet.rotation_loss(alone(x), labels)
+    compare("rotnet-gradient", parameters_after_a_step(alone, whole), parameters_after_a_step(network, loss))
+
+
 def train(script, words):
     """main -> its model, but for what differs between processes: batch norm's running statistics."""
     models, pretrain = [], script.pretrain
@@ -86,7 +99,8 @@ if __name__ == "__main__":
     simclr.pick_device("cpu")  # the processes meet
     simclr_gradients()
     moco_gradients()
+    rotnet_gradients()
     for name, commands in json.loads((FOLDER / "commands.json").read_text()).items():
-        states = [train({"simclr": simclr, "moco": moco}[name], words) for words in commands]
+        states = [train({"simclr": simclr, "moco": moco, "rotnet": rotnet}[name], words) for words in commands]
         torch.save(states[-1], FOLDER / f"{name}-{RANK}.pt")
     dist.destroy_process_group()

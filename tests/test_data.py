@@ -202,8 +202,11 @@ def test_npz_that_is_missing_cut_short_or_something_else(tmp_path):
 def test_npz_of_images_alone(tmp_path):
     np.savez(tmp_path / "mine.npz", train_images=arrays(25)["train_images"])
     data = common.load_dataset(str(tmp_path / "mine.npz"))
-    assert data.train_images.shape == (25, 3, 8, 8) and data.classes == [] and len(data.train_labels) == 0
-    assert len(data.test_images) == 10 and torch.equal(data.test_images[9], data.train_images[18])
+    assert data.train_images.shape == (22, 3, 8, 8) and data.classes == [] and len(data.train_labels) == 0
+    assert data.train_images.is_contiguous(memory_format=torch.channels_last)
+    assert data.test_images.shape == (3, 3, 8, 8) and data.test_labels.tolist() == [0, 1, 2]  # held out
+    both = torch.cat([data.train_images, data.test_images]).permute(0, 2, 3, 1)
+    assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, arrays(25)["train_images"]))
 
 
 def test_unknown_name():
@@ -295,10 +298,14 @@ def test_class_folders(folder, tmp_path):
     assert (data.test_images[1, 2] > 240).all()
 
 
-def test_plain_pictures_have_no_classes(folder, tmp_path):
-    data = common.load_dataset(str(folder / "train" / "cat"), tmp_path / "cache")
-    assert data.train_images.shape == (3, 3, 96, 96) and data.classes == []
-    assert len(data.train_labels) == 0 and torch.equal(data.test_images, data.train_images)  # ten of them, to look at
+def test_plain_pictures_have_no_classes(tmp_path):
+    for i in range(21):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+    data = common.load_dataset(str(tmp_path), tmp_path / "cache", 8)
+    assert data.train_images.shape == (18, 3, 8, 8) and data.classes == [] and len(data.train_labels) == 0
+    assert len(data.test_images) == len(data.test_labels) == 3  # held out
+    values = torch.cat([data.test_images, data.train_images])[:, 0, 0, 0].tolist()
+    assert sorted(values) == list(range(21)) != values  # not the first by name
 
 
 def test_the_middle_square_upright(tmp_path):

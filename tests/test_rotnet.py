@@ -1,9 +1,8 @@
-"""Rotations against NumPy's, the network against the paper's, and the script as a person runs it."""
+"""Rotations against NumPy's, the loss against the paper's, the classifiers, and the script as a person runs it."""
 
 import json
+import math
 import runpy
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,18 +10,25 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import common
 import rotnet
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("shapes_once")
+SMALL = "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--classifier-epochs", "1"
 
 
 def small_run(data, out, *flags):
     """main on a few shapes, in two short epochs."""
-    flags = "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--classifier-epochs", "1", *flags
-    return rotnet.main(rotnet.parse_args(["--dataset", str(data), "--out", str(out), *flags]))
+    return rotnet.main(rotnet.parse_args(["--dataset", str(data), "--out", str(out), *SMALL, *map(str, flags)]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotations, model, loss, optimizer
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_rotations_are_numpys_counter_clockwise():
@@ -30,185 +36,287 @@ def test_rotations_are_numpys_counter_clockwise():
     x, labels = rotnet.rotate_batch(images)
     assert x.shape == (20, 3, 8, 8) and x.dtype == torch.uint8 and len(x.unique(dim=0)) == 20
     assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
-    for i, (turned, turns) in enumerate(zip(x, labels.tolist(), strict=True)):
-        picture = images[i % 5].permute(1, 2, 0).numpy()
-        assert np.array_equal(turned.permute(1, 2, 0).numpy(), np.rot90(picture, turns))
+    for i, (rotated, y) in enumerate(zip(x, labels.tolist(), strict=True)):
+        image = images[i % 5].permute(1, 2, 0).numpy()
+        assert np.array_equal(rotated.permute(1, 2, 0).numpy(), np.rot90(image, y))
 
 
-def test_two_rotations_are_upright_and_upside_down():
-    images = torch.rand(3, 3, 4, 4)
-    x, labels = rotnet.rotate_batch(images, 2)
-    assert torch.equal(x, torch.cat([images, images.flip(2, 3)])) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+@pytest.mark.parametrize(("side", "pixels"), [(32, 4), (96, 12)])
+def test_images_are_shifted_by_a_fraction_of_their_side_and_mirrored(side, pixels):
+    images = torch.zeros(400, 3, side, side, dtype=torch.uint8)
+    images[:, :, side // 2, side // 2 + 1] = 255
+    x = rotnet.shifted(images, rotnet.parse_args(["--dataset", "cifar10"]), torch.Generator().manual_seed(0))
+    row, column = x[:, 0].flatten(1).argmax(1) // side - side // 2, x[:, 0].flatten(1).argmax(1) % side - side // 2
+    assert (row.min(), row.max()) == (-pixels, pixels) and x.max() == 1
+    assert (column.min(), column.max()) == (-pixels - 2, pixels + 1)  # the mirror image of 1 is -2
 
 
-@pytest.mark.parametrize("blocks", [3, 4, 5])
-def test_every_block_has_the_shape_of_the_papers(blocks):
-    encoder, D = rotnet.build_nin("nin", blocks)
+def test_every_block_has_the_shape_of_the_papers():
+    encoder, D = rotnet.build_encoder("nin")
     x, shapes = torch.zeros(2, 3, 32, 32), []
     for block in encoder:
         x = block(x)
         shapes.append(tuple(x.shape[1:]))
-    assert D == 192 and shapes == [(96, 16, 16), (192, 8, 8)] + [(192, 8, 8)] * (blocks - 2)
+    assert D == 192 and shapes == [(96, 16, 16), (192, 8, 8), (192, 8, 8), (192, 8, 8)]
     kernels = [tuple(m.weight.shape) for m in encoder.modules() if isinstance(m, nn.Conv2d)]
     first = [(192, 3, 5, 5), (160, 192, 1, 1), (96, 160, 1, 1)]
     second = [(192, 96, 5, 5), (192, 192, 1, 1), (192, 192, 1, 1)]
     later = [(192, 192, 3, 3), (192, 192, 1, 1), (192, 192, 1, 1)]
-    assert kernels == first + second + later * (blocks - 2)
+    assert kernels == first + second + later * 2
     assert all(m.bias is None for m in encoder.modules() if isinstance(m, nn.Conv2d))
     kinds = [type(m) for m in encoder.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.ReLU)]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 3 * blocks
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 12
 
 
-def test_the_papers_classifiers():
-    layers = [m for m in rotnet.nonlinear_classifier((192, 8, 8), 10) if isinstance(m, nn.Linear)]
-    assert [tuple(m.weight.shape) for m in layers] == [(200, 192 * 8 * 8), (200, 200), (10, 200)]
-    conv = rotnet.conv_classifier((192, 8, 8), 10)
-    assert conv(torch.zeros(2, 192, 8, 8)).shape == (2, 10)
-    assert [m.out_channels for m in conv.modules() if isinstance(m, nn.Conv2d)] == [192] * 3
+def test_the_small_encoder_has_the_shapes_it_says():
+    encoder, D = rotnet.build_encoder("small")
+    assert D == 64 and len(encoder) == 3
+    x = torch.zeros(2, 3, 32, 32)
+    assert [encoder[:n](x).shape[1:] for n in (1, 2, 3)] == [(64, 8, 8), (64, 4, 4), (64, 4, 4)]
+
+
+def test_rotation_loss_is_the_papers_formula():
+    N, logits = 5, torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, labels = rotnet.rotate_batch(torch.zeros(N, 3, 2, 2))
+    loss = 0
+    for i in range(N):
+        for y in range(4):  # row y N + i is image i after y quarter turns
+            e = logits[y * N + i].exp()
+            loss -= math.log(e[y] / e.sum()) / 4 / N
+    assert rotnet.rotation_loss(logits, labels).item() == pytest.approx(loss, abs=1e-12)
+    assert rotnet.rotation_loss(0 * logits, labels).item() == pytest.approx(math.log(4))  # chance
 
 
 def test_learning_rate_falls_three_times_to_a_fifth():
     args, model = rotnet.parse_args(["--lr", "0.1"]), nn.Linear(2, 2)
-    optimizer, schedule = rotnet.sgd(model, args, 200)
+    optimizer, schedule = rotnet.make_optimizer(model, args, 200)
     rates = []
-    for _ in range(200):
+    for _ in range(202):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    expected = [0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 40
-    assert rates == pytest.approx(expected)
+    assert rates == pytest.approx([0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 42)
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
 
 
-def test_blocks_and_classifiers_are_measured(few_shapes, tmp_path, capsys):
-    summary = small_run(few_shapes, tmp_path / "run")
-    assert "nonlinear" in capsys.readouterr().out
-    for name in ("untrained", "trained"):
-        rows = summary["blocks"][name]
-        assert [row["block"] for row in rows] == [1, 2, 3] and rows[1].items() <= summary[name].items()
-        assert all({"knn", "linear_probe", "nonlinear"} <= set(row) for row in rows)
-        assert ["conv" in row for row in rows] == [False, True, False]
-    assert 0 <= summary["trained"]["rotation"] <= 1 and "rotation" not in summary["untrained"]
+# ----------------------------------------------------------------------------------------------------------------------
+# Classifiers and pretext accuracy
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_few_labels_on_frozen_blocks_and_from_scratch(few_shapes, tmp_path, monkeypatch):
-    calls = []
-
-    def train_classifier(blocks, classifier, data, rows, args, freeze=True):
-        calls.append((blocks, classifier, len(rows), freeze))
-        return len(calls) / 100
-
-    monkeypatch.setattr(rotnet, "train_classifier", train_classifier)
-    summary = small_run(few_shapes, tmp_path / "run", "--labels", "3", "5", "--fine-tune", "--epochs", "1")
-    assert [row["labels"] for row in summary["semi_supervised"]] == [30, 50]
-    assert all(set(row) == {"labels", "frozen", "from_scratch", "fine_tuned"} for row in summary["semi_supervised"])
-    trained = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
-    torch.manual_seed(0)
-    scratch = rotnet.RotNet(rotnet.parse_args([])).encoder.state_dict()
-    points = calls[8:]  # two encoders, three blocks, and the convolutional classifier on one of them
-    assert len(points) == 6 and all(c[1] is rotnet.conv_classifier and len(c[0]) == 2 for c in points)
-    assert [(n, freeze) for _, _, n, freeze in points] == [(n, f) for n in (30, 50) for f in (True, False, False)]
-    for (blocks, *_), expected in zip(points, (trained, scratch, trained) * 2, strict=True):
-        assert all(torch.equal(value, expected[key]) for key, value in blocks.state_dict().items())
+def test_the_papers_classifiers():
+    layers = [m for m in rotnet.build_classifier("nonlinear", 192, 8, 8, 10) if isinstance(m, nn.Linear)]
+    assert [tuple(m.weight.shape) for m in layers] == [(200, 192 * 8 * 8), (200, 200), (10, 200)]
+    conv = rotnet.build_classifier("conv", 192, 8, 8, 10)
+    assert conv(torch.zeros(2, 192, 8, 8)).shape == (2, 10)
+    assert [m.out_channels for m in conv.modules() if isinstance(m, nn.Conv2d)] == [192] * 3
 
 
-def test_a_classifier_learns_from_its_rows_alone_and_leaves_the_blocks_as_they_were():
-    generator = torch.Generator().manual_seed(0)
+def test_classifiers_of_large_images_fit_into_memory():
+    for kind in ("nonlinear", "conv"):
+        classifier = rotnet.build_classifier(kind, 96, 112, 112, 1000)  # the first block of 224 pixels
+        assert sum(p.numel() for p in classifier.parameters()) < 20e6
+        assert classifier(torch.zeros(2, 96, 112, 112)).shape == (2, 1000)
+
+
+@pytest.fixture(scope="module")
+def colors():
+    """Images that are red, green or blue, and nothing else."""
     labels = torch.arange(60) % 3
-    images = torch.randint(60, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    images[torch.arange(60), labels] += 150  # red, green or blue
-    data = common.Dataset(images[:40], labels[:40], images[40:], labels[40:], ["r", "g", "b"])
-    args = rotnet.parse_args(["--batch-size", "6", "--classifier-epochs", "20", "--padding", "1"])
-    rows, blocks = torch.arange(10, 22), rotnet.build_nin("small")[0][:2]
+    images = torch.randint(60, (60, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[torch.arange(60), labels] += 150
+    return common.Dataset(images[:40], labels[:40], images[40:], labels[40:], ["r", "g", "b"])
+
+
+def test_a_classifier_learns_from_its_rows_alone_and_leaves_the_blocks_as_they_were(colors):
+    args = rotnet.parse_args(["--batch-size", "6", "--shift", "0.0625"])
+    rows, blocks = torch.arange(10, 22), rotnet.build_encoder("small")[0][:2]
     before = {key: value.clone() for key, value in blocks.state_dict().items()}
-    for classifier in (rotnet.nonlinear_classifier, rotnet.conv_classifier):
+    for kind in ("nonlinear", "conv"):
         for freeze in (True, False):
-            assert rotnet.train_classifier(blocks, classifier, data, rows, args, freeze) > 0.9
+            assert rotnet.train_classifier(kind, blocks, colors, rows, 40, args, freeze) > 0.9
     assert all(torch.equal(value, before[key]) for key, value in blocks.state_dict().items())
     assert all(p.requires_grad for p in blocks.parameters())
-    data.train_labels[rows] = (data.train_labels[rows] + 1) % 3  # taught wrongly
-    data.train_images[:10], data.train_images[22:] = 0, 0
-    assert rotnet.train_classifier(blocks, rotnet.conv_classifier, data, rows, args) < 0.1
+    images, labels = colors.train_images.clone(), colors.train_labels.clone()
+    labels[rows] = (labels[rows] + 1) % 3  # taught wrongly
+    images[:10], images[22:] = 0, 0
+    wrong = common.Dataset(images, labels, colors.test_images, colors.test_labels, colors.classes)
+    assert rotnet.train_classifier("conv", blocks, wrong, rows, 40, args) < 0.1
 
 
-def test_frozen_blocks_stay_and_others_are_trained(monkeypatch):
-    images, labels = torch.randint(255, (24, 3, 16, 16), dtype=torch.uint8), torch.arange(24) % 2
-    data = common.Dataset(images, labels, images, labels, ["a", "b"])
-    args = rotnet.parse_args(["--batch-size", "8", "--classifier-epochs", "1"])
-    blocks, models, features = rotnet.build_nin("small")[0][:2], [], rotnet.features
+def test_frozen_blocks_stay_and_others_are_trained(colors, monkeypatch):
+    args = rotnet.parse_args(["--batch-size", "2"])
+    blocks, models, features = rotnet.build_encoder("small")[0][:2], [], rotnet.features
     monkeypatch.setattr(rotnet, "features", lambda model, x: models.append(model) or features(model, x))
     for freeze in (True, False):
-        rotnet.train_classifier(blocks, rotnet.conv_classifier, data, torch.arange(24), args, freeze)
+        rotnet.train_classifier("conv", blocks, colors, torch.arange(24), 1, args, freeze)
         after = models[-1][0].state_dict()
         same = [torch.equal(value, after[key]) for key, value in blocks.state_dict().items()]
         assert all(same) if freeze else not any(same)
 
 
-def test_files_of_a_run_and_resume(few_shapes, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """What no code catches."""
+def test_few_labels_take_as_many_steps_as_all(colors, monkeypatch):
+    args, sizes, batches = rotnet.parse_args(["--batch-size", "2"]), [], common.batches
+    spy = lambda images, order, N, device: sizes.append((len(order), N)) or batches(images, order, N, device)  # noqa: E731
+    monkeypatch.setattr(common, "batches", spy)
+    for count in (40, 3):
+        rotnet.train_classifier("conv", rotnet.build_encoder("small")[0][:2], colors, torch.arange(count), 2, args)
+    assert sizes == [(2 * 5 * 8, 8), (2 * 5 * 3, 3)]
 
-    save = rotnet.Run.save
 
-    def killed(run, epoch, parts):
-        if epoch == 2:
+def test_rotation_accuracy_counts_all_four():
+    class Clock(nn.Module):
+        """Reads the rotation from a white dot at the top, to which it adds `error` quarter turns."""
+
+        def __init__(self, error):
+            super().__init__()
+            self.error = nn.Parameter(torch.tensor(float(error)))
+
+        def forward(self, x):
+            edges = torch.stack([x[:, 0, 0, 2], x[:, 0, 2, 0], x[:, 0, 4, 2], x[:, 0, 2, 4]], dim=1)
+            return edges.roll(int(self.error), 1)
+
+    images = torch.zeros(6, 3, 5, 5, dtype=torch.uint8)
+    images[:, :, 0, 2] = 255
+    assert rotnet.rotation_accuracy(Clock(0), images) == 1 and rotnet.rotation_accuracy(Clock(1), images) == 0
+    images[:3] = 0  # three have no upright
+    assert rotnet.rotation_accuracy(Clock(0), images) == pytest.approx((3 * 4 + 3) / 24)
+
+
+def test_the_semi_supervised_figure_compares_frozen_blocks_with_the_same_network_from_scratch(monkeypatch):
+    calls = []
+    monkeypatch.setattr(rotnet, "train_classifier", lambda *a, **k: calls.append((a, k)) or len(calls) / 100)
+    untrained, encoder = (rotnet.build_encoder("small")[0] for _ in range(2))
+    args = rotnet.parse_args(["--classifier-epochs", "7"])
+    row = rotnet.semi_supervised(untrained, encoder, "data", torch.arange(30), args)
+    assert row == {"labels": 30, "frozen": 0.01, "from_scratch": 0.02}
+    for (given, options), expected, freeze in zip(calls, (encoder, untrained), (True, False), strict=True):
+        kind, blocks, data, rows, epochs, _ = given
+        assert (kind, data, len(rows), epochs) == ("conv", "data", 30, 14) and options.get("freeze", True) == freeze
+        assert [id(block) for block in blocks] == [id(block) for block in expected[:2]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    return folder, small_run(tiny_shapes, folder, "--labels", 0.5)
+
+
+def test_files_of_a_run(unbroken):
+    folder, summary = unbroken
+    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", "rotations.png", ".lock"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert summary["method"] == "rotnet" and summary == json.loads((folder / "summary.json").read_text())
+    for name in ("untrained", "trained"):
+        rows = summary["blocks"][name]
+        assert len(rows) == 3 and rows[1].items() <= summary[name].items()
+        assert all({"knn", "linear_probe", "nonlinear"} <= set(row) for row in rows)
+        assert ["conv" in row for row in rows] == [False, True, False]
+    assert 0 <= summary["trained"]["rotation"] <= 1 and "rotation" not in summary["untrained"]
+    assert [line["epoch"] for line in summary["history"]] == [1, 2] and "knn" in summary["history"][1]
+    (few,) = summary["semi_supervised"]
+    assert few["labels"] == 48 and set(few) == {"labels", "frozen", "from_scratch"}
+    rotnet.build_encoder("small")[0].load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+
+
+def test_it_learns_to_predict_rotations(some_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rotnet, "train_classifier", lambda *_: 0.5)  # tested above
+    summary = small_run(some_shapes, tmp_path / "run", "--epochs", 3, "--batch-size", 16, "--shift", 0.0625)
+    assert summary["trained"]["rotation"] > 0.35 and "chance is 25%" in capsys.readouterr().out
+    assert summary["history"][-1]["rotation"] > 0.35 and summary["history"][-1]["loss"] < 1.25
+    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.2
+    assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.2
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tmp_path):
+    calls, loss = [], rotnet.rotation_loss
+
+    def rotation_loss(*args):
+        calls.append(1)
+        if len(calls) == 5:  # of three an epoch: a checkpoint is there
             raise Killed
-        save(run, epoch, parts)
+        return loss(*args)
 
-    small_run(few_shapes, tmp_path / "unbroken")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rotnet.Run, "save", killed)
-        small_run(few_shapes, tmp_path / "run")
-    summary = small_run(few_shapes, tmp_path / "run", "--resume")
-    assert summary["resumed_at_epoch"] == 1 and summary["method"] == "rotnet"
-    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", "rotations.png"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names
-    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("run", "unbroken"))
-    assert all(torch.equal(value, b[key]) for key, value in a.items())
-    assert summary["blocks"] == json.loads((tmp_path / "unbroken/summary.json").read_text())["blocks"]
-    rotnet.build_nin("small", 3)[0].load_state_dict(torch.load(tmp_path / "run/encoder.pt", weights_only=True))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rotnet, "rotation_loss", rotation_loss)
+        small_run(tiny_shapes, tmp_path / "run", "--labels", 0.5)
+    summary = rotnet.main(rotnet.parse_args(["--resume", str(tmp_path / "run")]))
+    for key in ("blocks", "semi_supervised", "trained"):
+        assert summary[key] == unbroken[1][key]
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "run", unbroken[0])]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key])
 
 
-def test_plain_pictures_are_pretrained_on(tmp_path):
+def test_rotations_of_plain_images_are_measured_on_held_out_ones(tmp_path, capsys):
     (tmp_path / "album").mkdir()
-    for i, image in enumerate(common.load_dataset("shapes").train_images[:40]):
-        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i}.png")
-    summary = small_run(tmp_path / "album", tmp_path / "run", "--data-dir", str(tmp_path / "cache"), "--epochs", "1")
-    assert summary["trained"] == summary["untrained"] == {} and (tmp_path / "run/rotations.png").exists()
+    for i in range(40):  # noise has no upright
+        noise = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i))
+        torchvision.utils.save_image(noise, tmp_path / f"album/{i}.png")
+    flags = "--data-dir", tmp_path / "cache", "--epochs", 1, "--image-size", 16
+    summary = small_run(tmp_path / "album", tmp_path / "run", *flags)
+    assert summary["untrained"] == {} and summary["trained"].keys() == {"rotation"}
+    out = capsys.readouterr().out
+    assert "36 images, 16 x 16, 0 labels" in out
+    assert ("which is chance: do these images have an upright?" in out) == (summary["trained"]["rotation"] < 0.3)
+    with Image.open(tmp_path / "run/rotations.png") as sheet:
+        assert sheet.size == (4 * (96 + 16), 4 * (96 + 32))  # four held-out images in four rotations
+
+
+@pytest.mark.parametrize("accuracy", [0.26, 0.9])
+def test_a_hint_where_rotations_stay_at_chance(tiny_shapes, tmp_path, monkeypatch, capsys, accuracy):
+    monkeypatch.setattr(rotnet, "rotation_accuracy", lambda *_: accuracy)
+    monkeypatch.setattr(rotnet, "evaluate", lambda *_: [{"knn": 0.1}] * 3)
+    small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
+    out = capsys.readouterr().out
+    assert ("do these images have an upright?" in out) == (accuracy == 0.26) and f"correctly: {accuracy:.1%}" in out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--rotations", "3"], "--rotations: invalid choice: 3"),
-        (["--blocks", "2"], "--blocks: invalid choice: 2"),
-        (["--padding", "-1"], "--padding -1: must be from 0 to 64"),
+        (["--shift", "-1"], "--shift -1.0: must be from 0 to 0.5"),
         (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
         (["--encoder", "resnet18"], "--encoder: invalid choice: 'resnet18'"),
+        (["--batch-size", "5000"], "--batch-size 5000: at most the 4096 images"),
+        (["--resume", "nothing"], "--resume nothing: there is no run of rotnet.py in this folder"),
     ],
 )
-def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["rotnet.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["rotnet.py", *words])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "rotnet.py"), run_name="__main__")
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 2 and message in line and list(tmp_path.iterdir()) == []
 
 
-def test_recipes_and_help(capsys):
-    for recipe in rotnet.RECIPES:
-        rotnet.parse_args(["--dataset", *recipe.split()])  # every value in its range
-    with pytest.raises(SystemExit):
-        rotnet.parse_args(["--help"])
-    assert "--classifier-epochs" in capsys.readouterr().out
+def test_a_batch_of_few_images_is_all_of_them(tmp_path, monkeypatch):
+    images, labels = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), dtype=np.uint8), np.arange(45) % 2
+    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    monkeypatch.setattr(rotnet, "pretrain", lambda *_: [{"epoch": 1, "seconds": 1.0}])
+    monkeypatch.setattr(rotnet, "evaluate", lambda *_: [{"knn": 0.5}] * 3)
+    words = ["--dataset", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run"), "--encoder", "small"]
+    assert rotnet.main(rotnet.parse_args(words))["args"]["batch_size"] == 45
 
 
-def test_copied_with_common_alone_it_learns_to_tell_rotations(tmp_path):
-    for name in ("rotnet.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "-W", "error", "rotnet.py", "--classifier-epochs", "1", "--eval-every", "4"]
-    result = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0 and result.stderr == ""
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["trained"]["rotation"] > 0.9
-    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.4
+def test_two_processes_do_what_one_does(two_processes):
+    folder, printed = two_processes
+    for rank in range(2):
+        assert float((folder / f"rotnet-gradient-{rank}.txt").read_text()) < 1e-10
+    models = [torch.load(folder / f"rotnet-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    out = printed[0][printed[0].index("rotnet on") :]
+    assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
+    assert printed[1] == "" and (folder / "rotnet/summary.json").exists()

@@ -99,7 +99,7 @@ def nin_block(channels, kernel_size, stride=1, pool=None):
     return nn.Sequential(*layers, *([pool] if pool else []))
 
 
-def build_encoder(name):
+def build_nin(name):
     """The paper's Network in Network without its classifier, an nn.Sequential of blocks, and its channels D. Of 32 x 32
     pixels block 1 makes (96, 16, 16), every later one (192, 8, 8); small: (64, 8, 8), (64, 4, 4)."""
     D, *narrow, stride, blocks = (64, 64, 64, 2, 3) if name == "small" else (192, 160, 96, 1, 4)
@@ -110,7 +110,7 @@ def build_encoder(name):
 
 def build_rotnet(args):
     """Encoder and linear classifier: (B, 3, S, S) -> logits of the rotations (B, 4)."""
-    encoder, D = build_encoder(args.encoder)
+    encoder, D = build_nin(args.encoder)
     classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, 4))
     return nn.Sequential(OrderedDict(encoder=encoder, classifier=classifier))
 
@@ -252,7 +252,7 @@ def evaluate(encoder, data, args):
     return table
 
 
-def semi_supervised(untrained, encoder, data, rows, args):
+def few_labels(untrained, encoder, data, rows, args):
     """A point of the lecture's figure, with the labels of some rows: a third block and a linear layer trained on two
     pretrained, frozen blocks, and the same network trained from scratch, both as long as authors train the latter."""
     frozen = train_classifier("conv", encoder[:2], data, rows, 2 * args.classifier_epochs, args)
@@ -455,7 +455,7 @@ def main(args):
         history = pretrain(model, data.train_images, args, monitor if data.classes else dict)
         print("measuring", flush=True)
         trained, rotation = evaluate(model.encoder, data, args), rotation_accuracy(model, data.test_images)
-        few = [semi_supervised(initial.encoder, model.encoder, data, rows, args) for rows in subsets]
+        few = [few_labels(initial.encoder, model.encoder, data, rows, args) for rows in subsets]
         seconds = [line["seconds"] for line in history]
         summary = {
             "method": METHOD,

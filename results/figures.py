@@ -21,13 +21,13 @@ from matplotlib import pyplot  # noqa: E402
 LABELS = {
     "loss": "loss (nats)",
     "bound": "bound log(negatives + 1) - loss (nats)",
-    "rotation": "rotations told right, training",
+    "rotation": "rotations predicted correctly, training",
     "accuracy": "queries that find their key",
     "entropy": "entropy of a teacher's target (nats)",
     "entropy_of_mean": "entropy of a batch's mean target (nats)",
     "kl": "KL divergence, teacher to student (nats)",
     "logit_scale": "scale of the logits, 1 / temperature",
-    "val_text_to_image_r10": "validation R@10, text to image",
+    "val_recall": "validation recall@10, mean of both directions",
     "spread": "spread of projections z, 0 if they collapse",
     "knn": "held-out kNN accuracy",
 }

@@ -52,6 +52,7 @@ def two_processes(tiny_shapes, tmp_path_factory):
     """The folder of two processes that have trained, and resumed, with the scripts; and what each printed."""
     folder, commands = tmp_path_factory.mktemp("processes"), {}
     own = {"simclr": [], "moco": ["--queue-size", "64", "--bn-groups", "2"], "rotnet": ["--classifier-epochs", "1"]}
+    own["clip"] = ["--dataset", "shapes"]  # of which processes.py takes a few
     for name, flags in own.items():
         run = str(folder / name)
         words = ["--dataset", str(tiny_shapes), *SMALL, "--batch-size", "32", *flags, "--out", run]

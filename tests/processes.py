@@ -5,6 +5,7 @@ the whole batch, in double precision, and then train with its command lines, one
 """
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import clip  # noqa: E402
+import common  # noqa: E402
 import moco  # noqa: E402
 import rotnet  # noqa: E402
 import simclr  # noqa: E402
@@ -86,6 +89,22 @@ def rotnet_gradients():
     compare("rotnet-gradient", parameters_after_a_step(alone, whole), parameters_after_a_step(network, loss))
 
 
+def clip_gradients():
+    args = clip.parse_args(["--text-width", "64"])
+    torch.manual_seed(0)
+    model = clip.CLIP(args, vocabulary=9).double().eval()  # batch norm is not synchronized on CPUs
+    alone, network = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    tokens = torch.randint(4, 9, (6, args.context), generator=torch.Generator().manual_seed(2))
+    tokens[:, 0], tokens[:, 5] = 1, 2
+    x, y, scale = network(images[RANK::WORLD], tokens[RANK::WORLD])
+    loss = clip.clip_loss(clip.gather(x), clip.gather(y), scale)
+    whole = clip.clip_loss(*alone(images, tokens))
+    compare("clip-loss", whole.detach()[None], loss.detach()[None])
+    compare("clip-gradient", parameters_after_a_step(alone, whole), parameters_after_a_step(network, loss))
+    compare("clip-scale-gradient", alone.log_scale.grad, model.log_scale.grad)
+
+
 def train(script, words):
     """main -> its model, but for what differs between processes: batch norm's running statistics."""
     models, pretrain = [], script.pretrain
@@ -100,7 +119,14 @@ if __name__ == "__main__":
     simclr_gradients()
     moco_gradients()
     rotnet_gradients()
+    clip_gradients()
+    data, few = common.shapes_dataset(), {}
+    for split, count in (("train", 120), ("test", 40)):
+        for part in ("images", "labels", "captions", "colors"):
+            few[f"{split}_{part}"] = getattr(data, f"{split}_{part}")[:count]
+    common.shapes_dataset = lambda: dataclasses.replace(data, **few)
+    scripts = {"simclr": simclr, "moco": moco, "rotnet": rotnet, "clip": clip}
     for name, commands in json.loads((FOLDER / "commands.json").read_text()).items():
-        states = [train({"simclr": simclr, "moco": moco, "rotnet": rotnet}[name], words) for words in commands]
+        states = [train(scripts[name], words) for words in commands]
         torch.save(states[-1], FOLDER / f"{name}-{RANK}.pt")
     dist.destroy_process_group()

@@ -5,20 +5,20 @@ import json
 import math
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 import clip
 import common
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("shapes_once")
 
 
 def generator(seed=0):
@@ -29,9 +29,9 @@ def pairs(N, D=6, seed=0):
     return torch.randn(2, N, D, dtype=torch.float64, generator=generator(seed))
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Loss
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("N", [2, 3, 11])
@@ -43,8 +43,8 @@ def test_the_loss_is_the_lectures_formula_in_both_directions(N):
 
     total = 0
     for i in range(N):
-        total -= math.log(math.exp(s(i, i)) / sum(math.exp(s(i, j)) for j in range(N)))  # a picture among captions
-        total -= math.log(math.exp(s(i, i)) / sum(math.exp(s(j, i)) for j in range(N)))  # a caption among pictures
+        total -= math.log(math.exp(s(i, i)) / sum(math.exp(s(i, j)) for j in range(N)))  # an image among captions
+        total -= math.log(math.exp(s(i, i)) / sum(math.exp(s(j, i)) for j in range(N)))  # a caption among images
     assert clip.clip_loss(x, y, 14).item() == pytest.approx(total / (2 * N), abs=1e-9)
 
 
@@ -69,47 +69,75 @@ def test_gradients_of_the_loss_reach_features_and_scale():
     assert torch.autograd.gradcheck(clip.clip_loss, [t.requires_grad_() for t in (x, y, scale)])
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Texts
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 CAPTIONS = [["A dog runs.", "a brown dog"], ["a cat, asleep"], ["The dog's cat"]]
 
 
 def test_tokens_of_a_text():
     tokenizer = clip.Tokenizer(CAPTIONS, context=6)
-    assert tokenizer.words == ["a", "dog", "cat", "asleep", "brown", "runs", "s", "the"]  # by number, then by name
-    assert len(tokenizer) == 12
+    assert tokenizer.words == ["a", "dog", "cat"]  # by number, then by name; others are there once
     assert tokenizer(["A CAT", "a zebra runs", "the dog runs a dog a cat", ""]).tolist() == [
         [1, 4, 6, 2, 0, 0],
-        [1, 4, 3, 9, 2, 0],
-        [1, 11, 5, 9, 4, 2],  # too long: it loses words, not its end
+        [1, 4, 3, 3, 2, 0],
+        [1, 3, 5, 3, 4, 2],  # too long: it loses words, not its end
         [1, 2, 0, 0, 0, 0],
     ]
-    assert clip.Tokenizer(CAPTIONS, 6, min_count=2).words == ["a", "dog", "cat"]
+    assert tokenizer.unknown("a Zebra_dog") == ["zebra"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("red_star, aquarium-fish", ["red", "star", "aquarium", "fish"]),
+        ("Cafe\u0301 CAFÉ", ["café", "café"]),  # decomposed and composed
+        ("हिन्दी में", ["हिन्दी", "में"]),  # signs that are no letters
+        ("一只狗 runs", ["一", "只", "狗", "runs"]),
+        ("개가 뛴다 2 dogs' toys", ["개가", "뛴다", "2", "dogs", "toys"]),
+        ("?!", []),
+    ],
+)
+def test_words_of_a_text(text, words):
+    assert clip.Tokenizer([], 8).split(text) == words
+
+
+def test_unknown_words_are_named_and_a_text_without_a_known_word_is_refused(capsys):
+    tokenizer = clip.Tokenizer(CAPTIONS, context=6)
+    tokenizer.check(["a dog"])
+    assert capsys.readouterr().out == ""
+    tokenizer.check(["a zebra", "dog, zebra, horse"])
+    assert capsys.readouterr().out == "not in the vocabulary: zebra, horse\n"
+    with pytest.raises(common.UserError, match="zebra, green_horse: no word of the training captions"):
+        tokenizer.check(["zebra", "a dog", "green_horse"])
 
 
 def test_a_tokenizer_lives_in_the_checkpoint(tmp_path):
     tokenizer, other = clip.Tokenizer(CAPTIONS, context=6), clip.Tokenizer([], context=3)
     torch.save(tokenizer.state_dict(), tmp_path / "t.pt")
     other.load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True))
-    assert len(other) == len(tokenizer) and torch.equal(other(["a cat runs"]), tokenizer(["a cat runs"]))
+    assert other.words == tokenizer.words and torch.equal(other(["a cat runs"]), tokenizer(["a cat runs"]))
 
 
-def test_one_of_a_pictures_own_captions_is_drawn_each_as_often():
+def test_one_of_an_images_own_captions_is_drawn_each_as_often():
     tokenizer = clip.Tokenizer(CAPTIONS, context=6)
-    tokens, counts = clip.tokenize(tokenizer, CAPTIONS, torch.device("cpu"))  # (3, 2, 6)
-    assert counts.tolist() == [2, 1, 1] and torch.equal(tokens[0], tokenizer(CAPTIONS[0]))
-    rows = torch.arange(3).repeat(500)
-    drawn = clip.drawn_captions(tokens[rows], counts[rows], generator()).view(500, 3, 6)
-    assert (drawn[:, 1] == tokens[1, 0]).all() and (drawn[:, 2] == tokens[2, 0]).all()
-    first = (drawn[:, 0] == tokens[0, 0]).all(1)
-    assert (first | (drawn[:, 0] == tokens[0, 1]).all(1)).all() and 0.4 < first.float().mean() < 0.6
+    table, own = clip.caption_table(tokenizer, CAPTIONS, torch.device("cpu")), [tokenizer(texts) for texts in CAPTIONS]
+    drawn = clip.drawn_captions(table, torch.arange(3).repeat(500), generator()).view(500, 3, 6)
+    assert (drawn[:, 1] == own[1][0]).all() and (drawn[:, 2] == own[2][0]).all()
+    first = (drawn[:, 0] == own[0][0]).all(1)
+    assert (first | (drawn[:, 0] == own[0][1]).all(1)).all() and 0.4 < first.float().mean() < 0.6
 
 
-def text_encoder(dropout=0.0):
+def test_one_image_of_many_captions_costs_what_they_cost():
+    captions = [["a dog"] * 2000] + [["a cat"]] * 999
+    tokens, first, counts = clip.caption_table(clip.Tokenizer(captions, 6), captions, torch.device("cpu"))
+    assert tokens.shape == (2999, 6) and first[:3].tolist() == [0, 2000, 2001] and counts[:2].tolist() == [2000, 1]
+
+
+def text_encoder():
     torch.manual_seed(0)
-    return clip.TextEncoder(vocabulary=20, context=8, width=32, layers=2, dropout=dropout)
+    return clip.TextEncoder(vocabulary=20, context=8, width=32, layers=2)
 
 
 def test_a_text_is_read_up_to_its_end_and_no_further():
@@ -134,21 +162,32 @@ def test_attention_is_causal():
 
 
 def test_layers_start_different_and_every_parameter_is_trained():
-    args = clip.parse_args(["--text-width", "32"])
+    args = clip.parse_args(["--text-width", "64"])
     model = clip.CLIP(args, vocabulary=20)
     first, second = (block.linear1.weight for block in model.text_encoder.blocks)
     assert not torch.equal(first, second)
     assert model.log_scale.exp().item() == pytest.approx(1 / 0.07)
-    optimizer, _ = clip.adamw(model, args, steps=10)
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert trained == {id(p) for p in model.parameters()}
-    undecayed = [id(p) for p in optimizer.param_groups[1]["params"]]
-    assert id(model.log_scale) in undecayed and optimizer.param_groups[1]["weight_decay"] == 0
+    optimizer, _ = clip.make_optimizer(model, args, steps=10)
+    decayed, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert decayed | others == {id(p) for p in model.parameters()} and not decayed & others
+    assert all((id(p) in decayed) == (p.ndim > 1) for p in model.parameters()) and id(model.log_scale) in others
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
 
 
-# ------------------------------------------------------------------------------------------------------
+def test_learning_rate_rises_and_falls_to_zero():
+    optimizer, schedule = clip.make_optimizer(torch.nn.Linear(2, 2), clip.parse_args(["--lr", "1"]), 100)
+    rates = []
+    for _ in range(102):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:6] == pytest.approx([(step + 1) / 6 for step in range(6)])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[100:] == pytest.approx([0, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Protocols
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_recall_of_a_hand_made_example():
@@ -161,12 +200,23 @@ def test_recall_of_a_hand_made_example():
             [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3],  # its candidate 5 is sixth
         ]
     )
-    relevant = F.one_hot(torch.tensor([0, 1, 2, 6, 5]), 7).bool()
-    assert clip.recall(scores, relevant) == {1: 1 / 5, 5: 4 / 5, 10: 1}
+    found = clip.recall(torch.eye(5), scores.T, torch.tensor([0, 1, 2, 6, 5]), torch.arange(7))
+    assert found == pytest.approx({1: 1 / 5, 5: 4 / 5, 10: 1})
 
 
-def test_equal_scores_recall_nothing():
-    assert clip.recall(torch.zeros(20, 20), torch.eye(20).bool()) == {1: 0, 5: 0, 10: 0}
+def test_equal_scores_and_what_is_no_number_recall_nothing():
+    image = torch.arange(20)
+    for value in (0.0, math.nan):
+        assert clip.recall(torch.full((20, 3), value), torch.ones(20, 3), image, image) == {1: 0, 5: 0, 10: 0}
+
+
+def test_recall_in_pieces_is_that_of_the_whole_matrix():
+    x, y = (F.normalize(features, dim=1) for features in pairs(1500, D=32))
+    x = F.normalize(x + y, dim=1)
+    s, n = x @ y.T, torch.arange(1500)
+    ahead = (s > s.diagonal()[:, None]).sum(1)
+    found = clip.recall(x, y, n, n)
+    assert found == pytest.approx({k: (ahead < k).float().mean().item() for k in (1, 5, 10)}) and 0.2 < found[1] < 1
 
 
 def test_the_five_caption_protocol(monkeypatch):
@@ -224,113 +274,187 @@ def test_the_few_shot_table_has_balanced_labels_and_three_draws(monkeypatch):
     assert table[0] == {"labels_per_class": 1, "linear_probe": pytest.approx(0.02), "zero_shot": 0.7}
 
 
-def test_unseen_pairs_are_never_trained_on():
+def test_unseen_pairs_are_in_neither_training_nor_validation():
     whole = common.load_dataset("shapes")
     data = clip.hold_out(whole)
-    assert len(data.train_images) == len(data.train_labels) == len(data.train_captions) == len(data.train_colors)
-    assert len(data.train_images) + len(data.val_images) == len(whole.train_images)
+    assert len(data.train_images) == len(data.train_labels) == len(data.train_captions)
+    assert len(data.val_images) == len(data.val_captions) == (len(data.train_images) + len(data.val_images)) // 10
     pairs = list(zip(common.SHAPES, common.COLORS, strict=True))
-    assert not any(f"the {shape} is {color}" in texts for texts in data.train_captions for shape, color in pairs)
-    assert all(any(f"the {shape} is {color}" in texts for shape, color in pairs) for texts in data.val_captions)
+    for captions in (data.train_captions, data.val_captions):
+        assert not any(f"the {shape} is {color}" in texts for texts in captions for shape, color in pairs)
     assert len({texts[3] for texts in data.train_captions}) == 90  # all other pairs are there
+    images = {bytes(image): (texts, y) for image, texts, y in zip(
+        whole.train_images.numpy(), whole.train_captions, whole.train_labels.tolist(), strict=True)}  # fmt: skip
+    for image, texts, y in zip(data.train_images.numpy(), data.train_captions, data.train_labels.tolist(), strict=True):
+        assert images.pop(bytes(image)) == (texts, y)
+    assert all(bytes(image) in images for image in data.val_images.numpy())  # not among the training ones
 
 
-def test_a_run_trains_on_what_is_left(few, tmp_path, monkeypatch):
-    seen, tokenize = [], clip.tokenize
-    monkeypatch.setattr(
-        clip, "tokenize", lambda t, captions, device: seen.extend(captions) or tokenize(t, captions, device)
-    )
-    tiny_run(tmp_path / "run")
-    unseen = {f"the {shape} is {color}" for shape, color in zip(common.SHAPES, common.COLORS, strict=True)}
-    assert 180 < len(seen) < 220 and not unseen & {text for texts in seen for text in texts}
+def test_images_of_another_size_are_resized():
+    images = common.load_dataset("shapes").train_images[:4]
+    larger = clip.resized(images, 48)
+    assert larger.shape == (4, 3, 48, 48) and larger.dtype == torch.uint8
+    assert (larger.float().mean((2, 3)) - images.float().mean((2, 3))).abs().max() < 1
+    assert clip.resized(images, 32) is images
 
 
-def test_pictures_of_another_size_are_resized():
-    data = common.load_dataset("shapes")
-    data.train_images, data.test_images = data.train_images[:4], data.test_images[:3]
-    larger = clip.resized(data, 48)
-    assert larger.train_images.shape == (4, 3, 48, 48) and larger.test_images.dtype == torch.uint8
-    expected = TF.resize(data.test_images, [48, 48], TF.InterpolationMode.BICUBIC)
-    assert (larger.test_images.int() - expected.int()).abs().max() <= 1
-
-
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The script
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def few(monkeypatch):
-    """shapes, cut to 220 training and 60 test pictures."""
-    data = common.load_dataset("shapes")
+    """shapes, cut to 240 training and 60 test images."""
+    data = common.shapes_dataset()
     cut = {
         f"{split}_{part}": getattr(data, f"{split}_{part}")[:count]
-        for split, count in (("train", 220), ("test", 60))
+        for split, count in (("train", 240), ("test", 60))
         for part in ("images", "labels", "captions", "colors")
     }
-    monkeypatch.setattr(common, "load_dataset", lambda *arguments: dataclasses.replace(data, **cut))
+    monkeypatch.setattr(common, "shapes_dataset", lambda: dataclasses.replace(data, **cut))
 
 
 def tiny_run(out, *flags):
     """main on few shapes: two epochs of six steps."""
-    flags = "--epochs", "2", "--batch-size", "32", "--eval-every", "1", "--text-width", "32", *flags
-    return clip.main(clip.parse_args([*flags, "--out", str(out)]))
+    words = "--epochs", "2", "--batch-size", "32", "--eval-every", "1", "--text-width", "64", "--out", str(out)
+    return clip.main(clip.parse_args([*words, *map(str, flags)]))
+
+
+def ask(run, *flags):
+    return clip.main(clip.parse_args(["--resume", str(run), *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run on 1,000 shapes, and its summary: it learns colors, which come first."""
+    data, folder = common.shapes_dataset(), tmp_path_factory.mktemp("trained") / "run"
+    names = [f"train_{name}" for name in ("images", "labels", "captions", "colors")]
+    part = {name: getattr(data, name)[:1000] for name in names}
+    part |= {name.replace("train", "test"): getattr(data, name.replace("train", "test"))[:500] for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "shapes_dataset", lambda: dataclasses.replace(data, **part))
+        words = "--epochs", "5", "--batch-size", "32", "--eval-every", "5", "--out", str(folder)
+        return folder, clip.main(clip.parse_args(words))
+
+
+def test_it_learns_to_read(trained):
+    folder, summary = trained
+    before, after = summary["untrained"], summary["trained"]
+    assert after["image_to_text_r10"] > before["image_to_text_r10"] + 0.2
+    assert after["text_to_image_r10"] > before["text_to_image_r10"] + 0.1
+    assert summary["history"][-1]["bound"] > 0.5 and summary["history"][-1]["val_recall"] > 0.5
+
+
+def test_files_of_a_run(trained):
+    run, summary = trained
+    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", ".lock"}
+    assert {path.name for path in run.iterdir()} >= names | {"similarity.png", "retrieval.png"}
+    recalls = {f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+    zero_shot = {"zero_shot", "zero_shot_unseen", "zero_shot_ensemble", "zero_shot_ensemble_unseen"}
+    assert set(summary["trained"]) == set(summary["untrained"]) == recalls | zero_shot | {"knn", "linear_probe"}
+    assert [row["labels_per_class"] for row in summary["few_shot"]] == [1, 2, 4, 8, 16]
+    assert summary == json.loads((run / "summary.json").read_text()) and summary["unknown_words"] == 0
+    for line in summary["history"]:
+        assert line["bound"] == pytest.approx(math.log(32) - line["loss"])
+    assert ["val_recall" in line for line in summary["history"]] == [False] * 4 + [True] and summary["best_epoch"] == 5
+    resnet, _ = clip.build_encoder("small")
+    resnet.load_state_dict(torch.load(run / "encoder.pt", weights_only=True))
+
+
+def test_questions_to_a_run(trained, tmp_path, capsys):
+    run, before = trained[0], (trained[0] / "args.json").read_text()
+    found = ask(run, "--query", "a red zebra")
+    assert "not in the vocabulary: zebra\n" in (out := capsys.readouterr().out) and len(found) == 8
+    scores = [score for _, score in found]
+    assert scores == sorted(scores, reverse=True) and 1.001 > scores[0] > scores[-1] > -1 and found[0][0] in out
+    assert (run / "query.png").exists() and (run / "args.json").read_text() == before
+
+    model, tokenizer, args = clip.load_run(run)  # as README shows it
+    data = common.load_dataset("shapes")
+    with torch.no_grad():
+        y = F.normalize(model.text_projection(model.text_encoder(tokenizer(["a red zebra"]))), dim=1)
+        x = F.normalize(model.image_projection(model.encoder(common.normalize(data.test_images / 255))), dim=1)
+    assert args.image_size == 32 and scores == pytest.approx((x @ y[0]).topk(8).values.tolist(), abs=1e-4)
+
+    counts = ask(run, "--zero-shot-classes", "star,moon,heart")
+    assert [name for name, _ in counts] == ["star", "moon", "heart"] and sum(
+        n for _, n in counts
+    ) == 2000  # of the whole test set
+    assert (run / "classes.png").exists()
+    with pytest.raises(common.UserError, match="zebra, yak: no word of the training captions"):
+        ask(run, "--zero-shot-classes", "star,zebra,yak")
+
+    Image.fromarray(data.test_images[7].permute(1, 2, 0).numpy()).save(tmp_path / "own.png")
+    own = ask(run, "--caption", tmp_path / "own.png")
+    texts = {text for captions in data.test_captions for text in captions}
+    assert len(own) == 8 and all(text in texts for text, _ in own) and own[0][1] >= own[7][1]
+    images = data.test_images[:5].permute(0, 2, 3, 1).numpy()  # data that has moved
+    np.savez(tmp_path / "moved.npz", train_images=np.concatenate([images] * 2))
+    (moved,) = ask(run, "--query", "a star", "--dataset", tmp_path / "moved.npz")
+    assert moved[0] == "test image 0"
+    (tmp_path / "bad.png").write_text("no image")
+    for name in ("missing.png", "bad.png"):
+        with pytest.raises(common.UserError, match=f"{name}: not a readable picture"):
+            ask(run, "--caption", tmp_path / name)
+
+
+def test_what_is_no_run_to_ask(trained, tmp_path):
+    shutil.copytree(trained[0], run := tmp_path / "run")
+    (run / "checkpoint.pt").write_bytes(b"torn")
+    for folder in (run, tmp_path / "nothing"):
+        with pytest.raises(common.UserError, match="there is no run of clip.py in this folder with a checkpoint"):
+            clip.load_run(folder)
+
+
+def test_the_epoch_of_the_best_validation_recall_is_kept(few, tmp_path, monkeypatch):
+    recalls, states, save = iter([0.2, 0.5, 0.5, 0.1]), [], clip.save_epoch
+    retrieval = clip.retrieval
+
+    def fake(model, tokenizer, images, captions):
+        if len(images) == 60:  # test
+            return retrieval(model, tokenizer, images, captions)
+        value = next(recalls)
+        return {"text_to_image_r10": value - 0.1, "image_to_text_r10": value + 0.1}
+
+    def spy(args, state, *rest):
+        states.append({key: value.clone() for key, value in state["model"].encoder.state_dict().items()})
+        save(args, state, *rest)
+
+    monkeypatch.setattr(clip, "retrieval", fake)
+    monkeypatch.setattr(clip, "save_epoch", spy)
+    summary = tiny_run(tmp_path / "run", "--epochs", 4)
+    assert [line["val_recall"] for line in summary["history"]] == pytest.approx([0.2, 0.5, 0.5, 0.1])
+    assert summary["best_epoch"] == 3  # of equal ones the later
+    kept, model = torch.load(tmp_path / "run/encoder.pt", weights_only=True), clip.load_run(tmp_path / "run")[0]
+    for key, value in kept.items():
+        assert torch.equal(value, states[2][key]) and torch.equal(value, model.encoder.state_dict()[key])
+    assert not torch.equal(kept["conv1.weight"], states[3]["conv1.weight"])
 
 
 class Killed(BaseException):
     """What no code catches."""
 
 
-@pytest.mark.parametrize("step", [3, 9])  # of six an epoch: before and after the first checkpoint of an epoch
-def test_a_resumed_run_ends_where_an_unbroken_one_does(few, tmp_path, step):
+def test_a_resumed_run_ends_where_an_unbroken_one_does(few, tmp_path):
     calls, loss = [], clip.clip_loss
 
     def clip_loss(*args):
         calls.append(1)
-        if len(calls) == step:
+        if len(calls) == 9:  # of six an epoch: a checkpoint is there
             raise Killed
         return loss(*args)
 
-    flags = "--dropout", "0.1"
-    unbroken = tiny_run(tmp_path / "unbroken", *flags)
+    unbroken = tiny_run(tmp_path / "unbroken")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(clip, "clip_loss", clip_loss)
-        tiny_run(tmp_path / "run", *flags)
-    summary = tiny_run(tmp_path / "run", "--resume", *flags)
-    assert summary["resumed_at_epoch"] == int(step == 9) and summary["trained"] == unbroken["trained"]
+        tiny_run(tmp_path / "run")
+    summary = clip.main(clip.parse_args(["--resume", str(tmp_path / "run")]))
+    assert summary["trained"] == unbroken["trained"] and len(summary["history"]) == 2
     a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("run", "unbroken"))
-    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
-    assert a["tokenizer"] == b["tokenizer"] and set(a["model"]) == set(b["model"])
-
-
-def test_files_and_answers_of_a_run(few, tmp_path, capsys):
-    run = tmp_path / "run"
-    summary = tiny_run(run, "--labels", "5", "--zero-shot-classes", "star, moon")
-    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-    pictures = {"similarity.png", "retrieval.png", "neighbours.png", "classes.png"}
-    assert {path.name for path in run.iterdir()} == names | pictures
-    recalls = {f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
-    zero_shot = {"zero_shot", "zero_shot_unseen", "zero_shot_ensemble", "zero_shot_ensemble_unseen"}
-    assert set(summary["trained"]) == set(summary["untrained"]) == recalls | zero_shot | {"knn", "linear_probe"}
-    assert [row["labels_per_class"] for row in summary["few_shot"]] == [1, 2, 4, 8]
-    assert sum(row["test pictures"] for row in summary["zero_shot_classes"]) == 60
-    assert all(0 <= row["found"] <= 1 for row in summary["zero_shot_classes"])
-    for line in summary["history"]:
-        assert line["bound"] == pytest.approx(math.log(32) - line["loss"])
-        assert 0 <= line["val_text_to_image_r10"] <= 1
-    resnet, _ = clip.build_encoder("small")
-    resnet.load_state_dict(torch.load(run / "encoder.pt", weights_only=True))
-
-    before, picture = (run / "args.json").read_text(), tmp_path / "own.png"
-    data = common.load_dataset("shapes")
-    Image.fromarray(data.test_images[7].permute(1, 2, 0).numpy()).save(picture)
-    answers = clip.main(clip.parse_args(["--resume", str(run), "--query", "a red zebra", "--caption", str(picture)]))
-    assert (run / "query.png").exists() and (run / "args.json").read_text() == before
-    assert len(answers["query"]) == len(answers["caption"]) == 8
-    for rows in answers.values():
-        scores = [score for _, score in rows]
-        assert scores == sorted(scores, reverse=True) and -1.001 <= scores[-1] <= scores[0] <= 1.001
-    assert answers["caption"][0][0] in capsys.readouterr().out
+    for part in ("model", "best"):
+        assert all(torch.equal(value, b[part][key]) for key, value in a[part].items())
+    assert a["tokenizer"] == b["tokenizer"]
 
 
 def test_the_scale_is_clamped(few, tmp_path, monkeypatch):
@@ -346,27 +470,41 @@ def test_the_scale_is_clamped(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(clip.CLIP, "__init__", hot)
     monkeypatch.setattr(clip, "clip_loss", clip_loss)
-    tiny_run(tmp_path / "run", "--lr", "1e-6")
+    tiny_run(tmp_path / "run", "--lr", "1e-6", "--epochs", 1)
     assert scales[0] == pytest.approx(150) and max(scales[1:]) <= 100.001 and min(scales[1:]) > 99
 
 
-def test_captioned_pictures_without_classes(tmp_path, capsys):
+def test_captioned_images_without_classes(few_shapes, tmp_path, capsys):
     root, rows = tmp_path / "photos", ["image,caption,split"]
     (root / "images").mkdir(parents=True)
     data = common.load_dataset("shapes")
     for i in range(24):
         Image.fromarray(data.train_images[i].permute(1, 2, 0).numpy()).save(root / "images" / f"{i}.png")
-        rows += [
-            f'{i}.png,"{text}",{"test" if i % 3 == 0 else "train"}' for text in data.train_captions[i][: 3 + i % 3]
-        ]
+        texts = [text.replace("background", "ground") if i % 3 == 0 else text for text in data.train_captions[i]]
+        rows += [f'{i}.png,"{text}",{"test" if i % 3 == 0 else "train"}' for text in texts[: 3 + i % 3]]
     (root / "captions.csv").write_text("\n".join(rows))
-    flags = "--dataset", str(root), "--data-dir", str(tmp_path / "data"), "--encoder", "small", "--image-size", "24"
-    summary = tiny_run(tmp_path / "run", *flags, "--batch-size", "8", "--zero-shot-classes", "star,moon")
+    flags = "--dataset", root, "--data-dir", tmp_path / "data", "--encoder", "small", "--image-size", 24
+    flags = *flags, "--batch-size", 8, "--epochs", 1
+    summary = tiny_run(tmp_path / "run", *flags)
     assert "knn" not in summary["trained"] and 0 <= summary["trained"]["image_to_text_r1"] <= 1
-    assert [set(row) for row in summary["zero_shot_classes"]] == [{"class", "test pictures"}] * 2
-    shapes = tiny_run(tmp_path / "other", *flags, "--batch-size", "8", "--zero-shot", "shapes")
-    assert len(shapes["few_shot"]) == 5 and 0 <= shapes["trained"]["zero_shot_ensemble"] <= 1
-    assert "zero_shot_unseen" not in shapes["trained"]
+    assert "val_recall" not in summary["history"][0] and summary["best_epoch"] == 1
+    assert "no zero-shot: --zero-shot takes data whose classes have names" in (out := capsys.readouterr().out)
+    assert f"which {summary['unknown_words']:.1%} of those in test captions are not in" in out
+    assert 0 < summary["unknown_words"] < 0.5
+
+    numbers = tiny_run(tmp_path / "numbers", *flags, "--zero-shot", few_shapes)  # classes are 0 to 9
+    assert "knn" in numbers["trained"] and "zero_shot" not in numbers["trained"] and numbers["few_shot"] == []
+    np.savez(tmp_path / "zebra.npz", **np.load(few_shapes), classes=np.array(["a"] * 9 + ["zebra"]))
+    with pytest.raises(common.UserError, match="zebra: no word of the training captions"):
+        tiny_run(tmp_path / "zebra", *flags, "--zero-shot", tmp_path / "zebra.npz")
+    assert not (tmp_path / "zebra").exists()
+
+
+def test_zero_shot_on_other_data_with_names(few, few_shapes, tmp_path):
+    np.savez(tmp_path / "named.npz", **np.load(few_shapes), classes=np.array(list(common.SHAPES)))
+    summary = tiny_run(tmp_path / "run", "--zero-shot", tmp_path / "named.npz", "--epochs", 1)
+    assert 0 <= summary["trained"]["zero_shot"] <= 1 and "zero_shot_unseen" not in summary["trained"]
+    assert [row["zero_shot"] for row in summary["few_shot"]] == [summary["trained"]["zero_shot"]] * 4
 
 
 def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
@@ -382,67 +520,35 @@ def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
             leak(dataclasses.replace(data, **other))
 
 
-def test_names_for_classes_that_are_numbers(few, few_shapes, tmp_path, monkeypatch):
-    cut, seen = common.load_dataset("shapes"), []
-    numbered = common.npz_dataset(few_shapes, 32)
-    monkeypatch.setattr(common, "load_dataset", lambda name, *arguments: cut if name == "shapes" else numbered)
-    evaluate = clip.evaluate
-    monkeypatch.setattr(clip, "evaluate", lambda m, t, data: seen.append(data.classes) or evaluate(m, t, data))
-    names = list(common.SHAPES)
-    summary = tiny_run(tmp_path / "run", "--zero-shot", "few.npz", "--zero-shot-classes", ",".join(names))
-    assert seen == [names, names] and [row["class"] for row in summary["zero_shot_classes"]] == names
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--text-width", "100"], "--text-width 100: must be a multiple of 32"),
-        (["--zero-shot-classes", "star"], "--zero-shot-classes star: name two classes or more"),
-        (["--context", "2"], "--context 2: must be at least 3"),
-        (["--batch-size", "5000"], "--batch-size 5000: shapes has only 3688 training pictures"),
-        (["--query", "a dog"], "--out runs/clip-shapes-seed0: holds no run to ask"),
+        (["--text-width", "100"], "--text-width: invalid choice: 100"),
+        (["--context", "2"], "--context 2: must be from 3 to inf"),
+        (["--batch-size", "5000"], "--batch-size 5000: at most the 3320 images"),
+        (["--query", "a dog"], "--query, --caption and --zero-shot-classes: need --resume with the folder of a"),
         (["--dataset", "few.npz"], "--dataset few.npz: has no captions"),
         (["--zero-shot", "nothing"], "--dataset nothing: is not shapes"),
+        (["--resume", "nothing", "--query", "a dog"], "--resume nothing: there is no run of clip.py in this folder"),
     ],
 )
-def test_bad_input(few_shapes, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(few_shapes.parent if "few.npz" in arguments else tmp_path)
-    monkeypatch.setattr(sys, "argv", ["clip.py", *arguments])
+def test_bad_input(few_shapes, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(few_shapes.parent if "few.npz" in words else tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clip.py", *words])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "clip.py"), run_name="__main__")
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 2 and message in line and list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_to_caption_that_is_missing_or_broken_and_a_run_of_another_method(few, tmp_path):
-    tiny_run(tmp_path / "run")
-    (tmp_path / "bad.png").write_text("no picture")
-    for name in ("missing.png", "bad.png"):
-        with pytest.raises(common.UserError, match=f"{name}: not a readable picture"):
-            clip.main(clip.parse_args(["--out", str(tmp_path / "run"), "--caption", str(tmp_path / name)]))
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    torch.save(state | {"method": "simclr"}, tmp_path / "run/checkpoint.pt")
-    with pytest.raises(common.UserError, match="is of simclr, not of clip"):
-        clip.main(clip.parse_args(["--out", str(tmp_path / "run"), "--query", "a star"]))
-    (tmp_path / "run/checkpoint.pt").write_bytes(b"torn")
-    with pytest.raises(common.UserError, match="not a checkpoint that can be read"):
-        clip.main(clip.parse_args(["--out", str(tmp_path / "run"), "--query", "a star"]))
-
-
-def test_recipes_and_help(capsys):
-    for recipe in clip.RECIPES:
-        clip.parse_args(["--dataset", *recipe.split()])  # every value in its range
-    with pytest.raises(SystemExit):
-        clip.parse_args(["--help"])
-    assert "--zero-shot-classes" in capsys.readouterr().out
-
-
-def test_copied_with_common_alone_it_learns_on_shapes(tmp_path):
-    for name in ("clip.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "-W", "error", "clip.py", "--epochs", "3", "--eval-every", "3", "--out", "run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and result.stderr == ""
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.1
-    assert summary["trained"]["zero_shot_ensemble"] > 0.15
+def test_two_processes_do_what_one_does(two_processes):
+    folder, printed = two_processes
+    for name in ("loss", "gradient", "scale-gradient"):
+        for rank in range(2):
+            assert float((folder / f"clip-{name}-{rank}.txt").read_text()) < 1e-10
+    models = [torch.load(folder / f"clip-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert models[0].keys() == models[1].keys() >= {"log_scale"}
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    out = printed[0][printed[0].index("clip on") :]
+    assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
+    assert printed[1] == "" and (folder / "clip/summary.json").exists()

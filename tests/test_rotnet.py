@@ -52,7 +52,7 @@ def test_images_are_shifted_by_a_fraction_of_their_side_and_mirrored(side, pixel
 
 
 def test_every_block_has_the_shape_of_the_papers():
-    encoder, D = rotnet.build_encoder("nin")
+    encoder, D = rotnet.build_nin("nin")
     x, shapes = torch.zeros(2, 3, 32, 32), []
     for block in encoder:
         x = block(x)
@@ -69,7 +69,7 @@ def test_every_block_has_the_shape_of_the_papers():
 
 
 def test_the_small_encoder_has_the_shapes_it_says():
-    encoder, D = rotnet.build_encoder("small")
+    encoder, D = rotnet.build_nin("small")
     assert D == 64 and len(encoder) == 3
     x = torch.zeros(2, 3, 32, 32)
     assert [encoder[:n](x).shape[1:] for n in (1, 2, 3)] == [(64, 8, 8), (64, 4, 4), (64, 4, 4)]
@@ -131,7 +131,7 @@ def colors():
 
 def test_a_classifier_learns_from_its_rows_alone_and_leaves_the_blocks_as_they_were(colors):
     args = rotnet.parse_args(["--batch-size", "6", "--shift", "0.0625"])
-    rows, blocks = torch.arange(10, 22), rotnet.build_encoder("small")[0][:2]
+    rows, blocks = torch.arange(10, 22), rotnet.build_nin("small")[0][:2]
     before = {key: value.clone() for key, value in blocks.state_dict().items()}
     for kind in ("nonlinear", "conv"):
         for freeze in (True, False):
@@ -147,7 +147,7 @@ def test_a_classifier_learns_from_its_rows_alone_and_leaves_the_blocks_as_they_w
 
 def test_frozen_blocks_stay_and_others_are_trained(colors, monkeypatch):
     args = rotnet.parse_args(["--batch-size", "2"])
-    blocks, models, features = rotnet.build_encoder("small")[0][:2], [], rotnet.features
+    blocks, models, features = rotnet.build_nin("small")[0][:2], [], rotnet.features
     monkeypatch.setattr(rotnet, "features", lambda model, x: models.append(model) or features(model, x))
     for freeze in (True, False):
         rotnet.train_classifier("conv", blocks, colors, torch.arange(24), 1, args, freeze)
@@ -161,7 +161,7 @@ def test_few_labels_take_as_many_steps_as_all(colors, monkeypatch):
     spy = lambda images, order, N, device: sizes.append((len(order), N)) or batches(images, order, N, device)  # noqa: E731
     monkeypatch.setattr(common, "batches", spy)
     for count in (40, 3):
-        rotnet.train_classifier("conv", rotnet.build_encoder("small")[0][:2], colors, torch.arange(count), 2, args)
+        rotnet.train_classifier("conv", rotnet.build_nin("small")[0][:2], colors, torch.arange(count), 2, args)
     assert sizes == [(2 * 5 * 8, 8), (2 * 5 * 3, 3)]
 
 
@@ -187,9 +187,9 @@ def test_rotation_accuracy_counts_all_four():
 def test_the_semi_supervised_figure_compares_frozen_blocks_with_the_same_network_from_scratch(monkeypatch):
     calls = []
     monkeypatch.setattr(rotnet, "train_classifier", lambda *a, **k: calls.append((a, k)) or len(calls) / 100)
-    untrained, encoder = (rotnet.build_encoder("small")[0] for _ in range(2))
+    untrained, encoder = (rotnet.build_nin("small")[0] for _ in range(2))
     args = rotnet.parse_args(["--classifier-epochs", "7"])
-    row = rotnet.semi_supervised(untrained, encoder, "data", torch.arange(30), args)
+    row = rotnet.few_labels(untrained, encoder, "data", torch.arange(30), args)
     assert row == {"labels": 30, "frozen": 0.01, "from_scratch": 0.02}
     for (given, options), expected, freeze in zip(calls, (encoder, untrained), (True, False), strict=True):
         kind, blocks, data, rows, epochs, _ = given
@@ -222,7 +222,7 @@ def test_files_of_a_run(unbroken):
     assert [line["epoch"] for line in summary["history"]] == [1, 2] and "knn" in summary["history"][1]
     (few,) = summary["semi_supervised"]
     assert few["labels"] == 48 and set(few) == {"labels", "frozen", "from_scratch"}
-    rotnet.build_encoder("small")[0].load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+    rotnet.build_nin("small")[0].load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
 
 
 def test_it_learns_to_predict_rotations(some_shapes, tmp_path, monkeypatch, capsys):
@@ -317,6 +317,6 @@ def test_two_processes_do_what_one_does(two_processes):
     models = [torch.load(folder / f"rotnet-{rank}.pt", weights_only=True) for rank in range(2)]
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    out = printed[0][printed[0].index("rotnet on") :]
+    out = printed[0][printed[0].index("rotnet on") : printed[0].index("clip on")]
     assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
     assert printed[1] == "" and (folder / "rotnet/summary.json").exists()

@@ -104,8 +104,7 @@ class Tokenizer:
 
     PADDING, START, END, UNKNOWN = range(4)
 
-    def __init__(self, captions, context):
-        """captions: a list of them for each image."""
+    def __init__(self, captions, context):  # captions: a list of them for each image
         counts = Counter(word for texts in captions for text in texts for word in self.split(text))
         words = sorted((w for w, count in counts.items() if count > 1), key=lambda w: (-counts[w], w))
         self.load_state_dict({"words": words, "context": context})
@@ -177,8 +176,7 @@ def build_encoder(name, image_size=32, norm_layer=nn.BatchNorm2d):
 
 class TextEncoder(nn.Module):
     """A transformer with causal attention, read at the end of the text: tokens (B, T) -> (B, width). No word sees those
-    behind it, so padding, which follows the end, cannot matter. Embeddings start as the authors' do, the rest as
-    PyTorch's."""
+    behind it, so padding, which follows the end, cannot matter. Embeddings start as in the authors' code."""
 
     def __init__(self, vocabulary, context, width, layers):
         super().__init__()
@@ -427,7 +425,7 @@ def load_run(folder, device="cpu"):
         model = CLIP(args, 4 + len(tokenizer.words), args.image_size).to(device)
         model.load_state_dict(content["best"])
     except Exception:  # no folder, no epoch yet, a torn file or another method's: these fail in many ways
-        raise UserError(f"--resume {folder}: there is no run of {METHOD}.py in this folder with a checkpoint") from None
+        raise UserError(f"--resume {folder or 'RUN'}: must be the folder of a trained run of {METHOD}.py") from None
     return model.eval(), tokenizer, args
 
 
@@ -435,8 +433,6 @@ def load_run(folder, device="cpu"):
 def ask(args):
     """Answers --caption, --query or --zero-shot-classes with the run in --resume and the test images of --dataset ->
     the best captions with their cosines or, for classes, the number of images of each."""
-    if not args.resume:
-        raise UserError("--query, --caption and --zero-shot-classes: need --resume with the folder of a trained run")
     model, tokenizer, trained = load_run(args.resume, pick_device(args.device))
     data = common.load_dataset(args.dataset, args.data_dir, trained.image_size)
     captions = data.test_captions or [[f"test image {i}"] for i in range(len(data.test_images))]

@@ -403,7 +403,7 @@ def test_what_is_no_run_to_ask(trained, tmp_path):
     shutil.copytree(trained[0], run := tmp_path / "run")
     (run / "checkpoint.pt").write_bytes(b"torn")
     for folder in (run, tmp_path / "nothing"):
-        with pytest.raises(common.UserError, match="there is no run of clip.py in this folder with a checkpoint"):
+        with pytest.raises(common.UserError, match="must be the folder of a trained run of clip.py"):
             clip.load_run(folder)
 
 
@@ -526,7 +526,7 @@ def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
         (["--text-width", "100"], "--text-width: invalid choice: 100"),
         (["--context", "2"], "--context 2: must be from 3 to inf"),
         (["--batch-size", "5000"], "--batch-size 5000: at most the 3320 images"),
-        (["--query", "a dog"], "--query, --caption and --zero-shot-classes: need --resume with the folder of a"),
+        (["--query", "a dog"], "--resume RUN: must be the folder of a trained run of clip.py"),
         (["--dataset", "few.npz"], "--dataset few.npz: has no captions"),
         (["--zero-shot", "nothing"], "--dataset nothing: is not shapes"),
         (["--resume", "nothing", "--query", "a dog"], "--resume nothing: there is no run of clip.py in this folder"),

@@ -74,7 +74,7 @@ class Args:  # defaults are the recipe for Flickr8k on a GPU, SHAPES and SMALL s
     warmup: float = flag(0.05, "fraction of the steps with linear warmup; paper: 2000 steps", 0, 0.9)
     crop: float = flag(0.5, "smallest crop, as a fraction of the image's area; paper: a random square", 0.01, 1)
     zero_shot: str = flag("", "labeled data for zero-shot and probes, such as cifar10, instead of --dataset")
-    zero_shot_classes: str = flag("", "train nothing; sort test images of --resume into these classes: cat,dog")
+    zero_shot_classes: str = flag("", "names such as cat,dog: of --zero-shot's classes, or for --resume's test images")
     query: str = flag("", "train nothing; find the test images of --resume that fit this sentence best")
     caption: str = flag("", "train nothing; find the test captions of --resume that fit this image file best")
     eval_every: int = flag(10, "epochs between two measurements on validation images, the best of which is kept", 1)
@@ -117,11 +117,9 @@ class Tokenizer:
 
     def __call__(self, texts):
         """Texts -> int64 (len(texts), context). A text that is too long loses its last words, not its end."""
-        tokens = torch.full((len(texts), self.context), self.PADDING)
-        for row, text in zip(tokens, texts, strict=True):
-            words = [self.numbers.get(word, self.UNKNOWN) for word in self.split(text)][: self.context - 2]
-            row[: len(words) + 2] = torch.tensor([self.START, *words, self.END])
-        return tokens
+        words = [[self.numbers.get(word, self.UNKNOWN) for word in self.split(text)] for text in texts]
+        rows = [[self.START, *row[: self.context - 2], self.END] for row in words]
+        return torch.tensor([row + [self.PADDING] * (self.context - len(row)) for row in rows])
 
     def unknown(self, text):
         return [word for word in self.split(text) if word not in self.numbers]
@@ -131,7 +129,7 @@ class Tokenizer:
         if words := dict.fromkeys(self.unknown(" ".join(texts))):
             print(f"not in the vocabulary: {', '.join(words)}", flush=True)
         if empty := [text for text in texts if len(self.unknown(text)) == len(self.split(text))]:
-            raise UserError(f"{', '.join(empty)}: no word of the training captions, so there is nothing to go by")
+            raise UserError(f"{', '.join(map(repr, empty))}: no word of the training captions to go by")
 
     def state_dict(self):
         return {"words": self.words, "context": self.context}
@@ -142,15 +140,14 @@ class Tokenizer:
 
 
 def caption_table(tokenizer, captions, device):
-    """Captions, a list for each of M images -> tokens of all (K, T), the first row of each image (M,) and their number
-    (M,): for drawn_captions."""
+    """Captions, a list for each of M images -> tokens of all (K, T), and each image's first row and number of rows."""
     counts = torch.tensor([len(texts) for texts in captions])
     tokens = tokenizer([text for texts in captions for text in texts])
     return [x.to(device) for x in (tokens, counts.cumsum(0) - counts, counts)]
 
 
 def drawn_captions(table, rows, generator):
-    """One of the captions of each of some images, rows (N,) -> tokens (N, T)."""
+    """One caption of each of some images, rows (N,) of the table -> tokens (N, T)."""
     tokens, first, counts = table
     return tokens[first[rows] + (common.uniform(0, 1, rows.shape, generator) * counts[rows]).long()]
 
@@ -273,10 +270,9 @@ def retrieval(model, tokenizer, images, captions):
     find one of its captions, mostly five, and a caption its one image (protocol of Hodosh et al. 2013)."""
     _, x = encode_images(model, images)
     y = encode_texts(model, tokenizer, [text for texts in captions for text in texts])
-    counts = torch.tensor([len(texts) for texts in captions], device=x.device)
     image = torch.arange(len(x), device=x.device)
-    both = {"text_to_image": recall(y, x, image.repeat_interleave(counts), image)}
-    both["image_to_text"] = recall(x, y, image, image.repeat_interleave(counts))
+    owner = image.repeat_interleave(torch.tensor([len(texts) for texts in captions], device=x.device))  # (K,)
+    both = {"text_to_image": recall(y, x, owner, image), "image_to_text": recall(x, y, image, owner)}
     return {f"{way}_r{k}": value for way, recalls in both.items() for k, value in recalls.items()}
 
 
@@ -433,6 +429,8 @@ def load_run(folder, device="cpu"):
 def ask(args):
     """Answers --caption, --query or --zero-shot-classes with the run in --resume and the test images of --dataset ->
     the best captions with their cosines or, for classes, the number of images of each."""
+    if bool(args.caption) + bool(args.query) + bool(args.zero_shot_classes) > 1:
+        raise UserError("--caption, --query and --zero-shot-classes: one at a time")
     model, tokenizer, trained = load_run(args.resume, pick_device(args.device))
     data = common.load_dataset(args.dataset, args.data_dir, trained.image_size)
     captions = data.test_captions or [[f"test image {i}"] for i in range(len(data.test_images))]
@@ -659,7 +657,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Measures the untrained model, pretrains on captions, measures again -> the content of summary.json."""
-    if args.query or args.caption or args.zero_shot_classes:
+    if args.query or args.caption or (args.zero_shot_classes and not args.zero_shot):
         return ask(args)
     start, load = time.perf_counter(), [args.dataset, args.data_dir, args.image_size]
     data = common.load_dataset(*load) if RANK == 0 else None  # the others wait below while this downloads or decodes
@@ -676,9 +674,12 @@ def main(args):
     if args.zero_shot:
         labeled = common.load_dataset(args.zero_shot, args.data_dir, S).to(device)
         parts = {name: resized(getattr(labeled, name), S) for name in ("train_images", "test_images")}
-        labeled = dataclasses.replace(labeled, **parts, test_colors=None)  # here no pair was seen
+        names = args.zero_shot_classes.split(",") if args.zero_shot_classes else labeled.classes
+        if len(names) != len(labeled.classes):
+            raise UserError(f"--zero-shot-classes: {args.zero_shot} has {len(labeled.classes)}, not {len(names)}")
+        labeled = dataclasses.replace(labeled, **parts, classes=names, test_colors=None)  # here no pair was seen
     if all(map(str.isdecimal, labeled.classes)):
-        print("no zero-shot: --zero-shot takes data whose classes have names, in an .npz file the array `classes`")
+        print("no zero-shot: it needs names of classes, in --zero-shot data or from --zero-shot-classes for it")
     else:
         tokenizer.check(labeled.classes)
     words = [word for texts in data.test_captions for text in texts for word in tokenizer.split(text)]
@@ -698,8 +699,8 @@ def main(args):
         return {"val_recall": (recalls["text_to_image_r10"] + recalls["image_to_text_r10"]) / 2}
 
     with run_folder(args) as folder:
-        print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, with captions; {device}; {folder}", flush=True)
-        print(f"vocabulary of {len(tokenizer.words)} words, which {unknown:.1%} of those in test captions are not in")
+        print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(tokenizer.words)} different words, which "
+              f"{unknown:.1%} of the words in test captions are not among; {device}; {folder}", flush=True)  # fmt: skip
         untrained, _ = evaluate(best, tokenizer, data, labeled)
         history = pretrain(model, best, tokenizer, data, args, dict if data.val_images is None else monitor)
         print("measuring", flush=True)

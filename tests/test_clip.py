@@ -109,7 +109,7 @@ def test_unknown_words_are_named_and_a_text_without_a_known_word_is_refused(caps
     assert capsys.readouterr().out == ""
     tokenizer.check(["a zebra", "dog, zebra, horse"])
     assert capsys.readouterr().out == "not in the vocabulary: zebra, horse\n"
-    with pytest.raises(common.UserError, match="zebra, green_horse: no word of the training captions"):
+    with pytest.raises(common.UserError, match="'zebra', 'green_horse': no word of the training captions"):
         tokenizer.check(["zebra", "a dog", "green_horse"])
 
 
@@ -382,7 +382,7 @@ def test_questions_to_a_run(trained, tmp_path, capsys):
         n for _, n in counts
     ) == 2000  # of the whole test set
     assert (run / "classes.png").exists()
-    with pytest.raises(common.UserError, match="zebra, yak: no word of the training captions"):
+    with pytest.raises(common.UserError, match="'zebra', 'yak': no word of the training captions"):
         ask(run, "--zero-shot-classes", "star,zebra,yak")
 
     Image.fromarray(data.test_images[7].permute(1, 2, 0).numpy()).save(tmp_path / "own.png")
@@ -488,14 +488,14 @@ def test_captioned_images_without_classes(few_shapes, tmp_path, capsys):
     summary = tiny_run(tmp_path / "run", *flags)
     assert "knn" not in summary["trained"] and 0 <= summary["trained"]["image_to_text_r1"] <= 1
     assert "val_recall" not in summary["history"][0] and summary["best_epoch"] == 1
-    assert "no zero-shot: --zero-shot takes data whose classes have names" in (out := capsys.readouterr().out)
-    assert f"which {summary['unknown_words']:.1%} of those in test captions are not in" in out
+    assert "no zero-shot: it needs names of classes" in (out := capsys.readouterr().out)
+    assert f"{summary['unknown_words']:.1%} of the words in test captions are not among" in out
     assert 0 < summary["unknown_words"] < 0.5
 
     numbers = tiny_run(tmp_path / "numbers", *flags, "--zero-shot", few_shapes)  # classes are 0 to 9
     assert "knn" in numbers["trained"] and "zero_shot" not in numbers["trained"] and numbers["few_shot"] == []
     np.savez(tmp_path / "zebra.npz", **np.load(few_shapes), classes=np.array(["a"] * 9 + ["zebra"]))
-    with pytest.raises(common.UserError, match="zebra: no word of the training captions"):
+    with pytest.raises(common.UserError, match="'zebra': no word of the training captions"):
         tiny_run(tmp_path / "zebra", *flags, "--zero-shot", tmp_path / "zebra.npz")
     assert not (tmp_path / "zebra").exists()
 
@@ -504,6 +504,11 @@ def test_zero_shot_on_other_data_with_names(few, few_shapes, tmp_path):
     np.savez(tmp_path / "named.npz", **np.load(few_shapes), classes=np.array(list(common.SHAPES)))
     summary = tiny_run(tmp_path / "run", "--zero-shot", tmp_path / "named.npz", "--epochs", 1)
     assert 0 <= summary["trained"]["zero_shot"] <= 1 and "zero_shot_unseen" not in summary["trained"]
+    names = ",".join(common.SHAPES)  # for numbers
+    again = ask(tmp_path / "run", "--zero-shot", few_shapes, "--zero-shot-classes", names)
+    assert again["trained"] == summary["trained"]
+    with pytest.raises(common.UserError, match="--zero-shot-classes: .* has 10, not 2"):
+        ask(tmp_path / "run", "--zero-shot", few_shapes, "--zero-shot-classes", "star,moon")
     assert [row["zero_shot"] for row in summary["few_shot"]] == [summary["trained"]["zero_shot"]] * 4
 
 
@@ -527,6 +532,7 @@ def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
         (["--context", "2"], "--context 2: must be from 3 to inf"),
         (["--batch-size", "5000"], "--batch-size 5000: at most the 3320 images"),
         (["--query", "a dog"], "--resume RUN: must be the folder of a trained run of clip.py"),
+        (["--query", "a dog", "--caption", "a.png"], "--caption, --query and --zero-shot-classes: one at a time"),
         (["--dataset", "few.npz"], "--dataset few.npz: has no captions"),
         (["--zero-shot", "nothing"], "--dataset nothing: is not shapes"),
         (["--resume", "nothing", "--query", "a dog"], "--resume nothing: there is no run of clip.py in this folder"),

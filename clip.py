@@ -19,7 +19,8 @@ word. Afterwards text is a classifier: any classes will do, written as captions.
     python clip.py --resume RUN --zero-shot-classes star,moon     test images sorted into classes that are only named
     torchrun --nproc-per-node 8 clip.py --dataset path/to/images  on 8 GPUs
 
-Zero-shot accuracy, probes and recall: see README.md.
+On test with seed 0 (records in results/): shapes, zero-shot 98.8 %, linear probe untrained -> trained 36.3 -> 99.2 %;
+Flickr8k with the small encoder, a caption finds its image, of 1,000, among ten in 19.5 % of the cases.
 """
 
 import argparse
@@ -171,54 +172,49 @@ def build_encoder(name, image_size=32, norm_layer=nn.BatchNorm2d):
     return encoder, D
 
 
-class TextEncoder(nn.Module):
-    """A transformer with causal attention, read at the end of the text: tokens (B, T) -> (B, width). No word sees those
-    behind it, so padding, which follows the end, cannot matter. Embeddings start as in the authors' code."""
+class CLIP(nn.Module):
+    """Image and text encoder, each with a linear map to the common space, and the learned scale of the logits. ResNet
+    keeps its average pool; the paper's pools by attention. Embeddings of text start as in the authors' code."""
 
-    def __init__(self, vocabulary, context, width, layers):
+    def __init__(self, args, vocabulary, image_size=32):
         super().__init__()
-        options = dict(dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True)
+        width, options = args.text_width, dict(dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True)
+        self.encoder, D = build_encoder(args.encoder, image_size)
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.empty(context, width))
-        blocks = [nn.TransformerEncoderLayer(width, width // 32, 4 * width, **options) for _ in range(layers)]
-        self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(width)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
+        self.positions = nn.Parameter(torch.empty(args.context, width))
+        block = [nn.TransformerEncoderLayer(width, width // 32, 4 * width, **options) for _ in range(args.text_layers)]
+        self.blocks, self.norm = nn.ModuleList(block), nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
+        self.image_projection = nn.Linear(D, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # a: its exponential is always positive
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(args.context), persistent=False)
 
-    def forward(self, tokens):
+    def encode_image(self, images):
+        """(B, 3, S, S) -> (B, width), of any length."""
+        return self.image_projection(self.encoder(images))
+
+    def encode_text(self, tokens):
+        """(B, T) -> (B, width), of any length: a transformer with causal attention, read at the end of the text. A word
+        does not see those behind it, so padding, which follows the end, cannot matter."""
         x = self.token_embedding(tokens) + self.positions  # (B, T, width)
         for block in self.blocks:
             x = block(x, src_mask=self.mask, is_causal=True)
         end = (tokens == Tokenizer.END).int().argmax(1)  # (B,)
-        return self.norm(x[torch.arange(x.shape[0], device=x.device), end])
-
-
-class CLIP(nn.Module):
-    """Image and text encoder, each with a linear map to the common space, and the learned scale of the logits. ResNet
-    keeps its average pool; the paper's pools by attention."""
-
-    def __init__(self, args, vocabulary, image_size=32):
-        super().__init__()
-        self.encoder, D = build_encoder(args.encoder, image_size)
-        self.text_encoder = TextEncoder(vocabulary, args.context, args.text_width, args.text_layers)
-        self.image_projection = nn.Linear(D, args.text_width, bias=False)
-        self.text_projection = nn.Linear(args.text_width, args.text_width, bias=False)
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # a: its exponential is always positive
+        return self.text_projection(self.norm(x[torch.arange(x.shape[0], device=x.device), end]))
 
     def forward(self, images, tokens):
-        """(B, 3, S, S), (B, T) -> image and text features (B, width) of any length, and the scale exp(a)."""
-        image_features = self.image_projection(self.encoder(images))
-        return image_features, self.text_projection(self.text_encoder(tokens)), self.log_scale.exp()
+        return self.encode_image(images), self.encode_text(tokens), self.log_scale.exp()
 
 
 # === Loss =============================================================================================================
 def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE over the N x N matrix of a batch: figure 3 of the paper, the lecture's loss.
 
-    image_features, text_features (N, D): row i of both is a pair, normalized in here. logit_scale: exp(a), the factor
-    on the cosines -> scalar, in nats; log N is chance, and where training starts. Captions of other images are
-    negatives even if they say the same, as in the paper; of the captions of one image a batch holds a single one.
+    image_features, text_features (N, D): row i of both is a pair, normalized in here. logit_scale: exp(a) -> scalar, in
+    nats; log N is chance, and where training starts. Captions of other images are negatives even if they say the same,
+    as in the paper; of the captions of one image a batch holds a single one.
     """
     images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     logits = logit_scale * images @ texts.T  # (N, N)
@@ -233,24 +229,24 @@ ENSEMBLE = (PROMPT, "a photo of the {}", "a {}", "the {}", "there is a {}", "a l
 
 
 @torch.no_grad()
-def encode_images(model, images):
-    """uint8 (M, 3, S, S) -> h (M, D) of the encoder, and features (M, width) of length 1."""
+def embed_images(model, images):
+    """uint8 (M, 3, S, S) -> h of the encoder, and features (M, D) of length 1."""
     h = features(model.encoder, images)
     return h, F.normalize(model.image_projection(h), dim=1)
 
 
 @torch.no_grad()
-def encode_texts(model, tokenizer, texts):
-    """Texts -> features (K, width) of length 1."""
-    device, encoder = model.log_scale.device, model.text_encoder.eval()
+def embed_texts(model, tokenizer, texts):
+    """Texts -> features (K, D) of length 1."""
+    device = model.eval().log_scale.device
     with autocast(device):
-        y = [model.text_projection(encoder(tokens.to(device))).float() for tokens in tokenizer(texts).split(1024)]
+        y = [model.encode_text(tokens.to(device)).float() for tokens in tokenizer(texts).split(1024)]
     return F.normalize(torch.cat(y), dim=1)
 
 
 def class_features(model, tokenizer, names, prompts):
-    """A classifier from class names: the mean over prompts of their features, (K, width) of length 1."""
-    y = encode_texts(model, tokenizer, [prompt.format(name) for name in names for prompt in prompts])
+    """A classifier from class names: the mean over prompts of their features, (K, D) of length 1."""
+    y = embed_texts(model, tokenizer, [prompt.format(name) for name in names for prompt in prompts])
     return F.normalize(y.view(len(names), len(prompts), -1).mean(1), dim=1)
 
 
@@ -268,8 +264,8 @@ def recall(queries, candidates, query_image, candidate_image):
 def retrieval(model, tokenizer, images, captions):
     """Both ways between images, uint8 (M, 3, S, S), and all their captions, a list for each -> recalls. An image has to
     find one of its captions, mostly five, and a caption its one image (protocol of Hodosh et al. 2013)."""
-    _, x = encode_images(model, images)
-    y = encode_texts(model, tokenizer, [text for texts in captions for text in texts])
+    _, x = embed_images(model, images)
+    y = embed_texts(model, tokenizer, [text for texts in captions for text in texts])
     image = torch.arange(len(x), device=x.device)
     owner = image.repeat_interleave(torch.tensor([len(texts) for texts in captions], device=x.device))  # (K,)
     both = {"text_to_image": recall(y, x, owner, image), "image_to_text": recall(x, y, image, owner)}
@@ -297,7 +293,7 @@ def pretrain(model, best, tokenizer, data, args, monitor):
             text = drawn_captions(table, order[step * N : (step + 1) * N], generator)  # (N, T)
             x = common.normalize(one_view(batch, args, generator))  # (N, 3, S, S)
             with autocast(device):
-                image_features, text_features, scale = network(x, text)  # (N, width) each
+                image_features, text_features, scale = network(x, text)  # (N, D) each
             pairs = gather(image_features.float()), gather(text_features.float())  # of all GPUs
             loss = clip_loss(*pairs, scale)
             optimizer.zero_grad()
@@ -369,7 +365,7 @@ def evaluate(model, tokenizer, data, labeled):
     y, test_y = labeled.train_labels, labeled.test_labels
     if not labeled.classes:
         return results, None
-    h, (test_h, x) = features(model.encoder, labeled.train_images[: len(y)]), encode_images(model, labeled.test_images)
+    h, (test_h, x) = features(model.encoder, labeled.train_images[: len(y)]), embed_images(model, labeled.test_images)
     results |= {"knn": knn_accuracy(h, y, test_h, test_y), "linear_probe": linear_probe(h, y, test_h, test_y)}
     numbers = all(map(str.isdecimal, labeled.classes))  # which no text names
     for name, prompts in () if numbers else (("zero_shot", [PROMPT]), ("zero_shot_ensemble", ENSEMBLE)):
@@ -437,12 +433,12 @@ def ask(args):
     if args.caption:
         image = torch.tensor(common.decode_picture(Path(args.caption), trained.image_size)).permute(2, 0, 1)[None]
         answers = list(dict.fromkeys(text for texts in captions for text in texts))
-        cosines = encode_images(model, image)[1] @ encode_texts(model, tokenizer, answers).T  # (1, K)
+        cosines = embed_images(model, image)[1] @ embed_texts(model, tokenizer, answers).T  # (1, K)
     else:
         texts, answers = [args.query] if args.query else args.zero_shot_classes.split(","), [own[0] for own in captions]
         tokenizer.check(texts)
         images, prompts = resized(data.test_images, trained.image_size), ["{}"] if args.query else ENSEMBLE
-        cosines = class_features(model, tokenizer, texts, prompts) @ encode_images(model, images)[1].T  # (K, M)
+        cosines = class_features(model, tokenizer, texts, prompts) @ embed_images(model, images)[1].T  # (K, M)
         p = cosines if args.query else (model.log_scale.exp() * cosines).softmax(0)
         best = p.topk(min(8, len(images))).indices.cpu()  # (K, 8)
         save_rows(Path(args.resume, "query.png" if args.query else "classes.png"), texts, tiles(images[best]))
@@ -608,7 +604,7 @@ def save_examples(folder, model, tokenizer, images, captions):
     for each caption the images nearest to it, the right one in a green frame."""
     rows = torch.linspace(0, len(images) - 1, min(8, len(images))).long()  # spread over the split
     texts = [max(captions[i], key=len) for i in rows]  # the most detailed one
-    s = (encode_texts(model, tokenizer, texts) @ encode_images(model, images)[1].T).cpu()  # (8, M)
+    s = (embed_texts(model, tokenizer, texts) @ embed_images(model, images)[1].T).cpu()  # (8, M)
     cosines, blue = s[:, rows], torch.tensor([0.13, 0.40, 0.67])[:, None, None]  # (8, 8), caption i and image j
     strength = (cosines - cosines.min()) / (cosines.max() - cosines.min()).clamp(min=1e-6)
     cells = (1 - strength[..., None, None, None] * (1 - blue)).expand(-1, -1, 3, 64, 64)

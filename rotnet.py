@@ -16,7 +16,7 @@ rotations. Unlike SimCLR's, these features keep the orientation.
     python rotnet.py --labels 5 20 100 400                 the lecture's semi-supervised figure: labels per class
     torchrun --nproc-per-node 8 rotnet.py --dataset path/to/images         your own images, on 8 GPUs
 
-Block 2 is the best, as in the paper (README.md).
+Linear probe on test of block 2, untrained -> trained, with seed 0 (record in results/): shapes 46.1 -> 99.2 %.
 """
 
 import argparse

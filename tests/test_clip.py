@@ -135,28 +135,28 @@ def test_one_image_of_many_captions_costs_what_they_cost():
     assert tokens.shape == (2999, 6) and first[:3].tolist() == [0, 2000, 2001] and counts[:2].tolist() == [2000, 1]
 
 
-def text_encoder():
+def tiny_model():
     torch.manual_seed(0)
-    return clip.TextEncoder(vocabulary=20, context=8, width=32, layers=2)
+    return clip.CLIP(clip.parse_args(["--text-width", "64", "--context", "8"]), vocabulary=20)
 
 
 def test_a_text_is_read_up_to_its_end_and_no_further():
-    encoder, text = text_encoder(), torch.tensor([[1, 5, 6, 7, 2, 0, 0, 0]])
+    model, text = tiny_model(), torch.tensor([[1, 5, 6, 7, 2, 0, 0, 0]])
     behind, within = text.clone(), text.clone()
     behind[0, 5:], within[0, 1] = 9, 9
-    assert torch.allclose(encoder(behind), encoder(text), atol=1e-6)
-    assert not torch.allclose(encoder(within), encoder(text), atol=1e-2)
+    assert torch.allclose(model.encode_text(behind), model.encode_text(text), atol=1e-6)
+    assert not torch.allclose(model.encode_text(within), model.encode_text(text), atol=1e-2)
     with torch.no_grad():  # without gradients torch takes another path through its layer
-        assert torch.allclose(encoder.eval()(text), encoder.train()(text), atol=1e-5)
+        assert torch.allclose(model.eval().encode_text(text), model.train().encode_text(text), atol=1e-5)
 
 
 def test_attention_is_causal():
-    encoder, text = text_encoder(), torch.tensor([[1, 5, 6, 7, 8, 9, 10, 2]])
+    model, text = tiny_model(), torch.tensor([[1, 5, 6, 7, 8, 9, 10, 2]])
     states = []
-    encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: states.append(output))
+    model.blocks[-1].register_forward_hook(lambda module, inputs, output: states.append(output))
     changed = text.clone()
     changed[0, 4] = 11
-    encoder(text), encoder(changed)
+    model.encode_text(text), model.encode_text(changed)
     differs = (states[0] - states[1]).abs().amax(2)[0] > 1e-5
     assert differs.tolist() == [False] * 4 + [True] * 4
 
@@ -164,7 +164,7 @@ def test_attention_is_causal():
 def test_layers_start_different_and_every_parameter_is_trained():
     args = clip.parse_args(["--text-width", "64"])
     model = clip.CLIP(args, vocabulary=20)
-    first, second = (block.linear1.weight for block in model.text_encoder.blocks)
+    first, second = (block.linear1.weight for block in model.blocks)
     assert not torch.equal(first, second)
     assert model.log_scale.exp().item() == pytest.approx(1 / 0.07)
     optimizer, _ = clip.make_optimizer(model, args, steps=10)
@@ -230,8 +230,8 @@ def test_the_five_caption_protocol(monkeypatch):
     degrees = 30 * torch.arange(12.0)
     captions = torch.tensor([degrees[i] for i in owner]) + 70 * torch.randn(len(owner), generator=generator(3))
     x, y = on_a_circle(degrees), on_a_circle(captions)
-    monkeypatch.setattr(clip, "encode_images", lambda model, images: (None, x))
-    monkeypatch.setattr(clip, "encode_texts", lambda model, tokenizer, texts: y[[int(text) for text in texts]])
+    monkeypatch.setattr(clip, "embed_images", lambda model, images: (None, x))
+    monkeypatch.setattr(clip, "embed_texts", lambda model, tokenizer, texts: y[[int(text) for text in texts]])
     numbers = iter(range(len(owner)))
     texts = [[str(next(numbers)) for _ in range(count)] for count in counts]
 
@@ -246,7 +246,7 @@ def test_the_five_caption_protocol(monkeypatch):
 
 def test_classes_are_the_mean_of_their_prompts(monkeypatch):
     of = {"a star": [1.0, 0.0], "the star": [0.0, 1.0], "a moon": [-1.0, 0.0], "the moon": [-1.0, 0.0]}
-    monkeypatch.setattr(clip, "encode_texts", lambda model, tokenizer, texts: torch.tensor([of[t] for t in texts]))
+    monkeypatch.setattr(clip, "embed_texts", lambda model, tokenizer, texts: torch.tensor([of[t] for t in texts]))
     classes = clip.class_features(None, None, ["star", "moon"], ["a {}", "the {}"])
     assert torch.allclose(classes, torch.tensor([[0.5**0.5, 0.5**0.5], [-1.0, 0.0]]))
 
@@ -373,8 +373,8 @@ def test_questions_to_a_run(trained, tmp_path, capsys):
     model, tokenizer, args = clip.load_run(run)  # as README shows it
     data = common.load_dataset("shapes")
     with torch.no_grad():
-        y = F.normalize(model.text_projection(model.text_encoder(tokenizer(["a red zebra"]))), dim=1)
-        x = F.normalize(model.image_projection(model.encoder(common.normalize(data.test_images / 255))), dim=1)
+        y = F.normalize(model.encode_text(tokenizer(["a red zebra"])), dim=1)
+        x = F.normalize(model.encode_image(common.normalize(data.test_images / 255)), dim=1)
     assert args.image_size == 32 and scores == pytest.approx((x @ y[0]).topk(8).values.tolist(), abs=1e-4)
 
     counts = ask(run, "--zero-shot-classes", "star,moon,heart")

@@ -197,7 +197,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """(B, T) -> (B, width), of any length: a transformer with causal attention, read at the end of the text. A word
-        does not see those behind it, so padding, which follows the end, cannot matter."""
+        does not see those behind it, so padding, after the end, cannot matter. The authors' GELU is approximate."""
         x = self.token_embedding(tokens) + self.positions  # (B, T, width)
         for block in self.blocks:
             x = block(x, src_mask=self.mask, is_causal=True)

@@ -231,7 +231,7 @@ def test_it_learns_to_predict_rotations(some_shapes, tmp_path, monkeypatch, caps
     assert summary["trained"]["rotation"] > 0.35 and "chance is 25%" in capsys.readouterr().out
     assert summary["history"][-1]["rotation"] > 0.35 and summary["history"][-1]["loss"] < 1.25
     assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.2
-    assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.2
+    assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.15
 
 
 class Killed(BaseException):

@@ -16,7 +16,7 @@ word. Afterwards text is a classifier: any classes will do, written as captions.
     python clip.py --dataset path/to/flickr8k --encoder small --eval-every 5         the same on a CPU
     python clip.py --resume RUN --query "a red star"          the test images that fit a sentence best
     python clip.py --resume RUN --caption IMAGE               the test captions that fit an image of your own best
-    python clip.py --resume RUN --zero-shot-classes star,moon     test images sorted into classes that are only named
+    python clip.py --resume RUN --zero-shot-classes star,moon     the test images sorted into classes by their names
     torchrun --nproc-per-node 8 clip.py --dataset path/to/images  on 8 GPUs
 
 On test with seed 0 (records in results/): shapes, zero-shot 98.8 %, linear probe untrained -> trained 36.3 -> 99.2 %;
@@ -74,8 +74,7 @@ class Args:  # defaults are the recipe for Flickr8k on a GPU, SHAPES and SMALL s
     weight_decay: float = flag(0.2, "not applied to biases, norms and scale; paper: 0.2", 0)
     warmup: float = flag(0.05, "fraction of the steps with linear warmup; paper: 2000 steps", 0, 0.9)
     crop: float = flag(0.5, "smallest crop, as a fraction of the image's area; paper: a random square", 0.01, 1)
-    zero_shot: str = flag("", "labeled data for zero-shot and probes, such as cifar10, instead of --dataset")
-    zero_shot_classes: str = flag("", "names such as cat,dog: of --zero-shot's classes, or for --resume's test images")
+    zero_shot_classes: str = flag("", "such as cat,dog: train nothing; sort the test images of --resume into them")
     query: str = flag("", "train nothing; find the test images of --resume that fit this sentence best")
     caption: str = flag("", "train nothing; find the test captions of --resume that fit this image file best")
     eval_every: int = flag(10, "epochs between two measurements on validation images, the best of which is kept", 1)
@@ -96,14 +95,12 @@ def one_view(images, args, generator):
 
 
 # === Text =============================================================================================================
-UNSPACED = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])"  # Thai, Chinese, ...
-
-
 class Tokenizer:
     """Words <-> numbers; the vocabulary is that of the training captions but for words that appear once, most frequent
     first. 0 is padding, 1 starts a text, 2 ends it, 3 is any other word; the paper's subwords need no such token."""
 
     PADDING, START, END, UNKNOWN = range(4)
+    UNSPACED = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])"  # Thai, Chinese
 
     def __init__(self, captions, context):  # captions: a list of them for each image
         counts = Counter(word for texts in captions for text in texts for word in self.split(text))
@@ -114,7 +111,7 @@ class Tokenizer:
         """Lower-cased runs of letters with their accents and of digits; characters, where no spaces separate words."""
         text = unicodedata.normalize("NFC", text.lower())  # one code for an accented letter
         text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
-        return re.sub(UNSPACED, r" \1 ", text).split()
+        return re.sub(self.UNSPACED, r" \1 ", text).split()
 
     def __call__(self, texts):
         """Texts -> int64 (len(texts), context). A text that is too long loses its last words, not its end."""
@@ -224,8 +221,6 @@ def clip_loss(image_features, text_features, logit_scale):
 
 # === Zero-shot classification and retrieval ===========================================================================
 PROMPT = "a photo of a {}"  # the lecture's; training texts are sentences, so a bare class name would be a rare one
-ENSEMBLE = (PROMPT, "a photo of the {}", "a {}", "the {}", "there is a {}", "a large {}", "a small {}",
-            "a {} in the background")  # fmt: skip
 
 
 @torch.no_grad()
@@ -242,12 +237,6 @@ def embed_texts(model, tokenizer, texts):
     with autocast(device):
         y = [model.encode_text(tokens.to(device)).float() for tokens in tokenizer(texts).split(1024)]
     return F.normalize(torch.cat(y), dim=1)
-
-
-def class_features(model, tokenizer, names, prompts):
-    """A classifier from class names: the mean over prompts of their features, (K, D) of length 1."""
-    y = embed_texts(model, tokenizer, [prompt.format(name) for name in names for prompt in prompts])
-    return F.normalize(y.view(len(names), len(prompts), -1).mean(1), dim=1)
 
 
 def recall(queries, candidates, query_image, candidate_image):
@@ -273,9 +262,9 @@ def retrieval(model, tokenizer, images, captions):
 
 
 # === Pretrain =========================================================================================================
-def pretrain(model, best, tokenizer, data, args, monitor):
-    """Learns from images, uint8 (M, 3, S, S), and a list of captions for each; monitor() -> metrics. Leaves that model
-    in `best`, at first a copy, whose validation recall is highest. Returns the metrics of all epochs."""
+def pretrain(model, best, tokenizer, data, args):
+    """Learns from images, uint8 (M, 3, S, S), and a list of captions for each. Leaves in `best`, at first a copy, the
+    model of the highest recall@10 on validation images, mean of both directions. Returns the metrics of all epochs."""
     device, images = next(model.parameters()).device, data.train_images
     table = caption_table(tokenizer, data.train_captions, device)
     N, steps = args.batch_size // WORLD, len(images) // args.batch_size  # an incomplete last batch is left out
@@ -307,7 +296,9 @@ def pretrain(model, best, tokenizer, data, args, monitor):
         metrics = {"loss": losses.mean().item(), "seconds": time.perf_counter() - start}
         metrics |= {"bound": math.log(args.batch_size) - metrics["loss"], "logit_scale": model.log_scale.exp().item()}
         if epoch % args.eval_every == 0 or epoch == args.epochs:
-            metrics |= monitor()
+            if data.val_images is not None:
+                recalls = retrieval(model, tokenizer, data.val_images, data.val_captions)
+                metrics["val_recall"] = (recalls["text_to_image_r10"] + recalls["image_to_text_r10"]) / 2
             if metrics.get("val_recall", 1.0) >= max((line.get("val_recall", 0.0) for line in history), default=0.0):
                 best.load_state_dict(model.state_dict())
         history.append({"epoch": epoch, **metrics})
@@ -325,19 +316,6 @@ def features(network, images):
     if not h.isfinite().all():
         raise UserError("the features are not finite, so there is nothing to measure: try a smaller --lr")
     return h
-
-
-def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
-    """k nearest neighbors, features (M, D), (Q, D) -> accuracy in [0, 1]. Those of highest cosine s with a query vote
-    for their class, each with exp(s / temperature) (Wu et al. 2018; k and temperature of MoCo's CIFAR-10 notebook)."""
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    classes, correct = int(bank_labels.max()) + 1, 0
-    for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
-        s, nearest = (query @ bank.T).topk(min(k, len(bank)))  # (B, k)
-        votes = torch.zeros(len(query), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
-        correct += (votes.argmax(1) == label).sum().item()
-    return correct / len(labels)
 
 
 def linear_probe(train, train_labels, test, test_labels):
@@ -358,34 +336,21 @@ def linear_probe(train, train_labels, test, test_labels):
     return (layer(test).argmax(1) == test_labels).float().mean().item()
 
 
-def evaluate(model, tokenizer, data, labeled):
-    """-> recalls on the test images of data and accuracies on those of labeled data: kNN and linear probe of h and, if
-    the classes have names, zero-shot; and h of train and test."""
+def evaluate(model, tokenizer, data):
+    """-> recalls on the test images and, for data with classes, accuracies of zero-shot and of linear probes, with all
+    labels and with 1 to 16 per class, the mean of three draws of them: figure 6 of the paper, the lecture's."""
     results = retrieval(model, tokenizer, data.test_images, data.test_captions)
-    y, test_y = labeled.train_labels, labeled.test_labels
-    if not labeled.classes:
-        return results, None
-    h, (test_h, x) = features(model.encoder, labeled.train_images[: len(y)]), embed_images(model, labeled.test_images)
-    results |= {"knn": knn_accuracy(h, y, test_h, test_y), "linear_probe": linear_probe(h, y, test_h, test_y)}
-    numbers = all(map(str.isdecimal, labeled.classes))  # which no text names
-    for name, prompts in () if numbers else (("zero_shot", [PROMPT]), ("zero_shot_ensemble", ENSEMBLE)):
-        correct = ((x @ class_features(model, tokenizer, labeled.classes, prompts).T).argmax(1) == test_y).float()
-        results[name] = correct.mean().item()
-        if labeled.test_colors is not None:
-            results[f"{name}_unseen"] = correct[test_y == labeled.test_colors].mean().item()  # see hold_out
-    return results, (h, test_h)
-
-
-def few_shot(h, data, zero_shot, seed):
-    """Figure 6 of the paper, the lecture's: linear probes with 1 to 16 labels per class, the mean of three draws of
-    them, against zero-shot accuracy. h: of train and test -> rows of a table."""
-    y, table = data.train_labels, []
-    for n in (1, 2, 4, 8, 16):
-        if n <= min(count for count in y.bincount().tolist() if count):
-            draws = [common.labelled_rows(y, n, seed + draw) for draw in range(3)]
-            accuracies = [linear_probe(h[0][rows], y[rows], h[1], data.test_labels) for rows in draws]
-            table.append({"labels_per_class": n, "linear_probe": sum(accuracies) / 3, "zero_shot": zero_shot})
-    return table
+    if not data.classes:
+        return results
+    y, test_y, names = data.train_labels, data.test_labels, [PROMPT.format(name) for name in data.classes]
+    h, (test_h, x) = features(model.encoder, data.train_images), embed_images(model, data.test_images)
+    correct = ((x @ embed_texts(model, tokenizer, names).T).argmax(1) == test_y).float()
+    results |= {"linear_probe": linear_probe(h, y, test_h, test_y), "zero_shot": correct.mean().item()}
+    results["zero_shot_unseen"] = correct[test_y == data.test_colors].mean().item()  # pairs that hold_out leaves out
+    for n in (n for n in (1, 2, 4, 8, 16) if n <= y.bincount().min()):
+        draws = [common.labelled_rows(y, n, seed) for seed in range(3)]
+        results[f"linear_probe_{n}_per_class"] = sum(linear_probe(h[i], y[i], test_h, test_y) for i in draws) / 3
+    return results
 
 
 def hold_out(data):
@@ -399,12 +364,6 @@ def hold_out(data):
         parts[f"{name}_images"] = data.train_images[part]
         parts[f"{name}_captions"] = [data.train_captions[i] for i in part.tolist()]
     return dataclasses.replace(data, **parts)
-
-
-def resized(images, S):
-    """uint8 (M, 3, S', S') -> (M, 3, S, S), the size that a model was trained at."""
-    resize = torchvision.transforms.functional.resize
-    return images if images.shape[3] == S else torch.cat([resize(x, [S, S]) for x in images.split(1000)])
 
 
 def load_run(folder, device="cpu"):
@@ -424,29 +383,32 @@ def load_run(folder, device="cpu"):
 @torch.no_grad()
 def ask(args):
     """Answers --caption, --query or --zero-shot-classes with the run in --resume and the test images of --dataset ->
-    the best captions with their cosines or, for classes, the number of images of each."""
+    the best captions with their cosines, or the number of images in each class and, with labels, of the right ones."""
     if bool(args.caption) + bool(args.query) + bool(args.zero_shot_classes) > 1:
         raise UserError("--caption, --query and --zero-shot-classes: one at a time")
     model, tokenizer, trained = load_run(args.resume, pick_device(args.device))
-    data = common.load_dataset(args.dataset, args.data_dir, trained.image_size)
+    data, size = common.load_dataset(args.dataset, args.data_dir, trained.image_size), [trained.image_size] * 2
     captions = data.test_captions or [[f"test image {i}"] for i in range(len(data.test_images))]
     if args.caption:
-        image = torch.tensor(common.decode_picture(Path(args.caption), trained.image_size)).permute(2, 0, 1)[None]
-        answers = list(dict.fromkeys(text for texts in captions for text in texts))
-        cosines = embed_images(model, image)[1] @ embed_texts(model, tokenizer, answers).T  # (1, K)
+        images = torch.tensor(common.decode_picture(Path(args.caption), size[0])).permute(2, 0, 1)[None]
+        texts = answers = list(dict.fromkeys(text for own in captions for text in own))
     else:
-        texts, answers = [args.query] if args.query else args.zero_shot_classes.split(","), [own[0] for own in captions]
-        tokenizer.check(texts)
-        images, prompts = resized(data.test_images, trained.image_size), ["{}"] if args.query else ENSEMBLE
-        cosines = class_features(model, tokenizer, texts, prompts) @ embed_images(model, images)[1].T  # (K, M)
-        p = cosines if args.query else (model.log_scale.exp() * cosines).softmax(0)
-        best = p.topk(min(8, len(images))).indices.cpu()  # (K, 8)
-        save_rows(Path(args.resume, "query.png" if args.query else "classes.png"), texts, tiles(images[best]))
-    if args.caption or args.query:
-        values, best = (x.tolist() for x in cosines[0].topk(min(8, len(answers))))
-        answers = [(answers[i], value) for i, value in zip(best, values, strict=True)]
+        images = torchvision.transforms.functional.resize(data.test_images, size)
+        names, answers = [args.query] if args.query else args.zero_shot_classes.split(","), [own[0] for own in captions]
+        tokenizer.check(names)
+        texts = [args.query] if args.query else [PROMPT.format(name) for name in names]
+    cosines = (embed_texts(model, tokenizer, texts) @ embed_images(model, images)[1].T).cpu()  # (K, M)
+    if args.zero_shot_classes:
+        p, nearest = (model.log_scale.exp().cpu() * cosines).softmax(0), cosines.argmax(0)
+        answers = list(zip(names, nearest.bincount(minlength=len(names)).tolist(), strict=True))
+        if len(names) == len(data.classes):
+            answers.append(("right", (nearest == data.test_labels).sum().item()))
     else:
-        answers = list(zip(texts, cosines.argmax(0).bincount(minlength=len(texts)).tolist(), strict=True))
+        p, (values, best) = cosines, cosines.flatten().topk(min(8, cosines.numel()))
+        answers = [(answers[i], value) for i, value in zip(best.tolist(), values.tolist(), strict=True)]
+    if not args.caption:
+        best = p.topk(min(8, len(images))).indices  # (K, 8)
+        save_rows(Path(args.resume, "query.png" if args.query else "classes.png"), names, images[best])
     print(*(f"{value:8.4g}  {text}" for text, value in answers), sep="\n")
     return answers
 
@@ -575,24 +537,17 @@ def load_checkpoint(args, state, images):
     return history
 
 
-def tiles(images, size=64):
-    """uint8 (..., 3, S, S) -> float (..., 3, size, size) in [0, 1]."""
-    smooth = dict(mode="bilinear", antialias=True) if images.shape[-1] > size else {}
-    x = F.interpolate(images.reshape(-1, *images.shape[-3:]).cpu() / 255, size, **smooth)
-    return x.view(*images.shape[:-2], size, size)
-
-
 def save_rows(path, texts, cells, marks=()):
-    """Rows of a text and cells, float (R, C, 3, S, S); marks {(row, column): (text, frame color)} in some of them."""
-    step, left = cells.shape[4] + 4, 420
-    grid = torchvision.utils.make_grid(cells.flatten(0, 1), cells.shape[1], padding=4, pad_value=1.0)
+    """Rows of a text and cells, uint8 (R, C, 3, S, S); marks {(row, column): (text, frame color)} in some of them."""
+    step, left, tiles = 68, 420, F.interpolate(cells.cpu().flatten(0, 1) / 255, 64, mode="area")  # (RC, 3, 64, 64)
+    grid = torchvision.utils.make_grid(tiles, cells.shape[1], padding=4, pad_value=1.0)
     sheet = torchvision.transforms.functional.to_pil_image(F.pad(grid, (left, 8, 8, 8), value=1.0))
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(texts):
         lines = "\n".join(textwrap.wrap(text, 54)[:3])
         draw.text((left - 8, 10 + (i + 0.5) * step), lines, "black", anchor="rm", align="right", font_size=14)
     for (i, j), (text, frame) in dict(marks).items():
-        x, y, ink = left + 3 + j * step, 11 + i * step, "white" if cells[i, j].mean() < 0.6 else "black"
+        x, y, ink = left + 3 + j * step, 11 + i * step, "white" if cells[i, j].float().mean() < 150 else "black"
         draw.rectangle((x, y, x + step - 3, y + step - 3), outline=frame, width=3)
         draw.text((x + step / 2 - 1, y + step / 2 - 1), text, ink, anchor="mm", font_size=14)
     if RANK == 0:
@@ -605,15 +560,15 @@ def save_examples(folder, model, tokenizer, images, captions):
     rows = torch.linspace(0, len(images) - 1, min(8, len(images))).long()  # spread over the split
     texts = [max(captions[i], key=len) for i in rows]  # the most detailed one
     s = (embed_texts(model, tokenizer, texts) @ embed_images(model, images)[1].T).cpu()  # (8, M)
-    cosines, blue = s[:, rows], torch.tensor([0.13, 0.40, 0.67])[:, None, None]  # (8, 8), caption i and image j
+    cosines, blue = s[:, rows], torch.tensor([33, 102, 171])[:, None, None]  # (8, 8), caption i and image j
     strength = (cosines - cosines.min()) / (cosines.max() - cosines.min()).clamp(min=1e-6)
-    cells = (1 - strength[..., None, None, None] * (1 - blue)).expand(-1, -1, 3, 64, 64)
+    cells = (255 - strength[..., None, None, None] * (255 - blue)).byte().expand(-1, -1, *images.shape[1:])
     marks = {(i + 1, j): (f"{c:.2f}", "black" if i == j else None)
              for i, row in enumerate(cosines.tolist()) for j, c in enumerate(row)}  # fmt: skip
-    save_rows(folder / "similarity.png", ["", *texts], torch.cat([tiles(images[rows])[None], cells]), marks)
+    save_rows(folder / "similarity.png", ["", *texts], torch.cat([images[rows].cpu()[None], cells]), marks)
     nearest = s.topk(min(8, len(images))).indices  # (8, 8)
     marks = {(i, j): ("", "green") for i, j in (nearest == rows[:, None]).nonzero().tolist()}
-    save_rows(folder / "retrieval.png", texts, tiles(images[nearest]), marks)
+    save_rows(folder / "retrieval.png", texts, images[nearest], marks)
 
 
 SHAPES = dict(encoder="small", text_width=128, text_layers=2, context=24, epochs=16, batch_size=64, crop=0.8,
@@ -653,7 +608,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Measures the untrained model, pretrains on captions, measures again -> the content of summary.json."""
-    if args.query or args.caption or (args.zero_shot_classes and not args.zero_shot):
+    if args.query or args.caption or args.zero_shot_classes:
         return ask(args)
     start, load = time.perf_counter(), [args.dataset, args.data_dir, args.image_size]
     data = common.load_dataset(*load) if RANK == 0 else None  # the others wait below while this downloads or decodes
@@ -666,18 +621,7 @@ def main(args):
     args.batch_size = args.batch_size if "batch_size" in args.typed else min(args.batch_size, M // WORLD * WORLD)
     if args.batch_size > M or args.batch_size % WORLD:
         raise UserError(f"--batch-size {args.batch_size}: at most the {M} images, in equal parts for {WORLD} processes")
-    tokenizer, labeled = Tokenizer(data.train_captions, args.context), data
-    if args.zero_shot:
-        labeled = common.load_dataset(args.zero_shot, args.data_dir, S).to(device)
-        parts = {name: resized(getattr(labeled, name), S) for name in ("train_images", "test_images")}
-        names = args.zero_shot_classes.split(",") if args.zero_shot_classes else labeled.classes
-        if len(names) != len(labeled.classes):
-            raise UserError(f"--zero-shot-classes: {args.zero_shot} has {len(labeled.classes)}, not {len(names)}")
-        labeled = dataclasses.replace(labeled, **parts, classes=names, test_colors=None)  # here no pair was seen
-    if all(map(str.isdecimal, labeled.classes)):
-        print("no zero-shot: it needs names of classes, in --zero-shot data or from --zero-shot-classes for it")
-    else:
-        tokenizer.check(labeled.classes)
+    tokenizer = Tokenizer(data.train_captions, args.context)
     words = [word for texts in data.test_captions for text in texts for word in tokenizer.split(text)]
     unknown = len(tokenizer.unknown(" ".join(words))) / max(1, len(words))
     torch.manual_seed(args.seed)
@@ -689,19 +633,13 @@ def main(args):
     if args.compile:
         model.compile()
         common.compile_operators()
-
-    def monitor():  # recall@10 on validation images, mean of both directions: what recipes and the epoch are chosen by
-        recalls = retrieval(model, tokenizer, data.val_images, data.val_captions)
-        return {"val_recall": (recalls["text_to_image_r10"] + recalls["image_to_text_r10"]) / 2}
-
     with run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(tokenizer.words)} different words, which "
               f"{unknown:.1%} of the words in test captions are not among; {device}; {folder}", flush=True)  # fmt: skip
-        untrained, _ = evaluate(best, tokenizer, data, labeled)
-        history = pretrain(model, best, tokenizer, data, args, dict if data.val_images is None else monitor)
+        untrained = evaluate(best, tokenizer, data)
+        history = pretrain(model, best, tokenizer, data, args)
         print("measuring", flush=True)
-        trained, h = evaluate(best, tokenizer, data, labeled)
-        few = few_shot(h, labeled, trained["zero_shot"], args.seed) if "zero_shot" in trained else []
+        trained = evaluate(best, tokenizer, data)
         seconds = [line["seconds"] for line in history]
         summary = {
             "method": METHOD,
@@ -719,7 +657,6 @@ def main(args):
             "best_epoch": max(history, key=lambda line: (line.get("val_recall", 0.0), line["epoch"]))["epoch"],
             "untrained": untrained,
             "trained": trained,
-            "few_shot": few,
             "history": history,
         }
         save(folder / "encoder.pt", best.encoder.state_dict())
@@ -727,8 +664,6 @@ def main(args):
         save_examples(folder, best, tokenizer, data.test_images, data.test_captions)
     for name in trained:
         print(f"{name:26}{trained[name]:6.1%}, untrained {untrained[name]:.1%}")
-    for row in few:
-        print(f"linear probe with {row['labels_per_class']} labels per class: {row['linear_probe']:.1%}")
     print(f"{summary['total_seconds']:.0f} s in all; results are in {folder}")
     return summary
 

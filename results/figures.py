@@ -34,10 +34,15 @@ LABELS = {
 
 
 def read(path, key):
-    """A run folder or a record -> its history, one dict an epoch, or another list of rows of the summary."""
+    """A run folder or a record -> its history, one dict an epoch, or another table of the summary."""
     if path.is_dir() and key == "history":
         return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((path / "summary.json" if path.is_dir() else path).read_text())[key]
+    summary = json.loads((path / "summary.json" if path.is_dir() else path).read_text())
+    if key == "few_shot":
+        found = [(n, summary["trained"].get(f"linear_probe_{n}_per_class")) for n in (1, 2, 4, 8, 16)]
+        zero_shot = summary["trained"].get("zero_shot")
+        return [{"labels_per_class": n, "linear_probe": y, "zero_shot": zero_shot} for n, y in found if y is not None]
+    return summary[key]
 
 
 def curve(rows, x, y):

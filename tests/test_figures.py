@@ -52,8 +52,8 @@ def test_the_semi_supervised_figure(tmp_path, monkeypatch):
 
 
 def test_zero_shot_against_few_shot(tmp_path, monkeypatch):
-    rows = [{"labels_per_class": n, "linear_probe": n / 10, "zero_shot": 0.3} for n in (1, 2, 4)]
-    (tmp_path / "record.json").write_text(json.dumps({"history": LINES, "few_shot": rows}))
+    trained = {f"linear_probe_{n}_per_class": n / 10 for n in (1, 2, 4)} | {"zero_shot": 0.3, "linear_probe": 0.9}
+    (tmp_path / "record.json").write_text(json.dumps({"history": LINES, "trained": trained}))
     drawn = watched(monkeypatch)
     flags = "--few-shot", str(tmp_path / "record.json"), "-o", str(tmp_path / "few-shot.png")
     monkeypatch.setattr(sys, "argv", ["figures.py", *flags])

@@ -1,11 +1,11 @@
 """DINO: a student learns to predict, from one view of an image, what its teacher says of another view.
 
 The teacher is a moving average of the student. An image becomes two large global views and several small local ones;
-the student sees them all, the teacher the global ones alone, so that a part has to tell what the whole says. Both end
-in K logits and a softmax. There are no negatives, and one answer for all images would satisfy the loss. Two operations
-on the teacher prevent it: sharpening, a low temperature, alone ends in one-hot targets, the same for every image;
-centering, which subtracts the mean logits, alone in uniform ones; each undoes the collapse of the other. Downstream
-tasks use the teacher's encoder, an average of many students and better than any; heads and student are thrown away.
+the student sees all, the teacher the global ones alone, so that a part has to tell what the whole says. Both end in K
+logits. There are no negatives, and one answer for all images would satisfy the loss. Two operations on the teacher
+prevent it: sharpening by a low temperature, which alone would end in one-hot targets, the same for all images, and
+centering, which alone would end in uniform ones; each undoes the collapse of the other. Downstream tasks use the
+teacher's encoder, an average of many students and better than any of them; heads and student are thrown away.
 
     Caron, Touvron, Misra, Jegou, Mairal, Bojanowski, Joulin: Emerging Properties in Self-Supervised Vision
     Transformers, ICCV 2021. Algorithm 1 of the paper and of the lecture, for student logits s and teacher logits t:
@@ -23,7 +23,6 @@ tasks use the teacher's encoder, an average of many students and better than any
     torchrun --nproc-per-node 8 dino.py --dataset path/to/images         your own images, on 8 GPUs
 
 RESULT
-Left out of the paper: drop path.
 """
 
 import argparse
@@ -43,9 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import ImageDraw
 from torch import nn
-from torchvision.transforms.functional import to_pil_image, to_tensor
 
 import common
 from common import UserError
@@ -53,7 +50,6 @@ from common import UserError
 METHOD = "dino"
 SWITCH, RAW = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatter
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: a process for each GPU
-# width D, blocks and heads
 ENCODERS = {"small": (96, 3, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}
 
 
@@ -150,7 +146,6 @@ class DINO(nn.Module):
 # === Loss =============================================================================================================
 def dino_loss(student, teacher, center, student_temperature, teacher_temperature):
     """H(t, s) of the lecture's algorithm, mean over all pairs of different views (equation 3 of the paper).
-
     student (V, N, K): logits of V views of N images, the global ones first; teacher (2, N, K): of the global ones;
     center (K,) -> scalar, in nats: entropy of the targets plus KL divergence to them. A collapse makes it low as well.
     """
@@ -190,8 +185,7 @@ def cosine(start, end, progress):
 
 
 def pretrain(model, images, args, monitor):
-    """Algorithm 1, with local views, on images, uint8 (M, 3, S, S), without labels; monitor() -> metrics. Returns those
-    of all epochs."""
+    """Algorithm 1 on images, uint8 (M, 3, S, S), without labels; monitor() -> metrics. Returns those of all epochs."""
     device, N, steps = model.center.device, args.batch_size // WORLD, len(images) // args.batch_size
     optimizer, schedule = make_optimizer(model.student, args, args.epochs * steps)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
@@ -204,8 +198,8 @@ def pretrain(model, images, args, monitor):
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
             progress = (epoch - 1 + step / steps) / args.epochs
-            warm, (cold, hot) = min(1.0, progress / 0.3), (args.teacher_temperature_start, args.teacher_temperature)
-            tau_t = (1 - warm) * cold + warm * hot  # a high one is unstable at first
+            warm = min(1.0, progress / 0.3)  # a high temperature would be unstable at first
+            tau_t = (1 - warm) * args.teacher_temperature_start + warm * args.teacher_temperature
             views = [common.normalize(x) for x in multi_crop(batch, args, generator)]
             with autocast(device):
                 s, t = student(*views), model.teacher(views[0])  # (V N, K), (2N, K): global views alone
@@ -239,8 +233,7 @@ def pretrain(model, images, args, monitor):
 
 # === Vision Transformer ===============================================================================================
 class Block(nn.Module):
-    """A pre-norm block of the Vision Transformer (Dosovitskiy et al. 2021): self-attention of several heads, then two
-    layers for each token: (B, T, D) -> (B, T, D)."""
+    """A pre-norm block of the Vision Transformer (Dosovitskiy et al. 2021): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -286,10 +279,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def positions(self, T):
-        """Position embeddings (1, T, D) of class token and patches, interpolated where there are more or fewer patches
-        than in training: this is how local views, and larger images, fit."""
-        if T == self.pos_embed.shape[1]:
-            return self.pos_embed
+        """Embeddings (1, T, D) of class token and patches, interpolated for local views and images of other sizes."""
         old, new = math.isqrt(self.pos_embed.shape[1]), math.isqrt(T)  # patches a side
         grid = self.pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
         grid = F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
@@ -304,8 +294,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def attention(self, images):
-        """Attention from the class token to each patch in the last block, by head: (B, 3, S, S) -> (B, heads, L), the
-        lecture's figure. With the class token's attention to itself the weights sum to one."""
+        """The lecture's figure: from the class token to each patch in the last block, (B, 3, S, S) -> (B, heads, L)."""
         q, k, _ = self.blocks[-1].qkv(self.last_input(images))
         return (q[:, :, :1] @ k.mT / math.sqrt(q.shape[3])).softmax(3)[:, :, 0, 1:]
 
@@ -395,40 +384,35 @@ def pca_colors(tokens):
 
 
 @torch.no_grad()
-def save_figures(folder, groups, encoders):
-    """R images of each of G kinds, uint8 (G, R, 3, S, S), as encoders {title: encoder} see them in 32 x 32 patches,
-    finer than in training. attention.png, the lecture's figure: where the class token looks in the last block, a map
-    for each head, white where most; pca.png: pca_colors of four kinds, a row for each."""
-
-    def tiles(x):  # images or maps (G, R, 3, S, S)
-        return F.interpolate(x.flatten(0, 1), 128, mode="area").unflatten(0, x.shape[:2])
-
-    attention, parts = {"image": tiles(groups[:, :1] / 255)}, {"image": tiles(groups[:4] / 255)}
-    for title, encoder in encoders.items():
-        x = F.interpolate(groups.flatten(0, 1) / 255, 32 * encoder.eval().patch_size, mode="bicubic").clamp(0, 1)
-        x = common.normalize(x).unflatten(0, groups.shape[:2])
-        maps = encoder.attention(x[:, 0]).unflatten(2, (32, 32))  # (G, heads, 32, 32)
-        low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-        attention[title] = tiles(((maps - low) / (high - low).clamp(min=1e-9))[:, :, None].expand(-1, -1, 3, -1, -1))
-        colors = torch.stack([pca_colors(encoder.tokens(images)[:, 1:]) for images in x[:4]])  # (4, R, 32 * 32, 3)
-        parts[title] = tiles(colors.mT.unflatten(3, (32, 32)))
-    save_sheet(folder / "attention.png", attention)
-    save_sheet(folder / "pca.png", parts)
+def save_figures(folder, groups, encoder, suffix=""):
+    """R images of each of G kinds, uint8 (G, R, 3, S, S), as an encoder sees them in 32 x 32 patches, finer than in
+    training. attention.png, the lecture's figure: an image, and for each head where the class token looks in the last
+    block, white where most. pca.png: the images of four kinds, a row for each, and their pca_colors."""
+    images, size = groups.flatten(0, 1) / 255, groups.shape[:2]
+    x = F.interpolate(images, 32 * encoder.eval().patch_size, mode="bicubic").clamp(0, 1)
+    x, images = (y.unflatten(0, size) for y in (common.normalize(x), F.interpolate(images, 128, mode="area")))
+    maps = encoder.attention(x[:, 0]).unflatten(2, (32, 32))  # (G, heads, 32, 32)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    maps = ((maps - low) / (high - low).clamp(min=1e-9))[:, :, None].expand(-1, -1, 3, -1, -1)
+    colors = torch.stack([pca_colors(encoder.tokens(group)[:, 1:]) for group in x[:4]])
+    colors = colors.mT.unflatten(3, (32, 32))  # (4, R, 3, 32, 32)
+    for name, left, right in (("attention", images[:, :1], maps), ("pca", images[:4], colors)):
+        rows = torch.cat([left, F.interpolate(right.flatten(0, 1), 128).unflatten(0, right.shape[:2])], dim=1)
+        save_grid(folder / f"{name}{suffix}.png", rows)
 
 
 def show(args):
-    """Figures of the image file --show by the encoder of the run --resume, in the run's folder `show`."""
-    path = Path(args.resume, "encoder.pt")
+    """Figures of the image file --show by the encoder of the run --resume: attention-show.png, pca-show.png in it."""
+    path, p = Path(args.resume, "encoder.pt"), args.patch_size
     if not path.exists():
         raise UserError(f"--resume {args.resume or 'RUN'}: must be the folder of a finished run of {METHOD}.py")
-    weights, p = torch.load(path, map_location="cpu", weights_only=True), args.patch_size
-    size = math.isqrt(weights["pos_embed"].shape[1]) * p
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    size = math.isqrt(weights["pos_embed"].shape[1]) * p  # of the training images
     encoder = VisionTransformer(size, p, *ENCODERS[args.encoder], args.encoder == "small")
     encoder.load_state_dict(weights)
     image = torch.tensor(common.decode_picture(Path(args.show), 32 * p)).permute(2, 0, 1)
-    path.with_name("show").mkdir(exist_ok=True)
-    save_figures(path.with_name("show"), image[None, None], {"trained": encoder})
-    print(f"attention.png and pca.png are in {path.with_name('show')}")
+    save_figures(path.parent, image[None, None], encoder, "-show")
+    print(f"attention-show.png and pca-show.png are in {path.parent}")
 
 
 # === Nothing below is about DINO: optimizer, several GPUs, run folder, figures, command line ==========================
@@ -439,11 +423,11 @@ def autocast(device):
 
 
 def make_optimizer(model, args, steps):
-    """AdamW, with weight decay on matrices and kernels alone; linear warmup, then half a cosine to 0. args.lr is for
-    256 images: the gradient of more of them is less noisy, and allows larger steps."""
+    """AdamW, with weight decay on matrices and kernels alone; linear warmup, then half a cosine to 0."""
     decayed, others = ([p for p in model.parameters() if (p.ndim > 1) == decay] for decay in (True, False))
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer, rise = torch.optim.AdamW(groups, args.lr * args.batch_size / 256, fused=True), args.warmup * steps
+    lr, rise = args.lr * args.batch_size / 256, args.warmup * steps  # more images, less noise, larger steps
+    optimizer = torch.optim.AdamW(groups, lr, fused=True)
 
     def factor(step):
         fall = (min(step, steps) - rise) / (steps - rise)
@@ -545,27 +529,10 @@ def load_checkpoint(args, state, images):
     return history
 
 
-def save_sheet(path, blocks):
-    """Blocks {title: images, float (R, C, 3, S, S) in [0, 1]} side by side, in tiles of about 64 pixels."""
-    sheets = []
-    for title, images in blocks.items():
-        zoom = max(1, round(64 / images.shape[4]))
-        tiles = F.pad(F.interpolate(images.flatten(0, 1).cpu(), scale_factor=zoom), (0, zoom, 0, zoom), value=1.0)
-        grid = (
-            tiles.unflatten(0, images.shape[:2]).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        )  # (3, height, width)
-        sheet = to_pil_image(F.pad(grid, (8, 8, 24, 16), value=1.0))
-        ImageDraw.Draw(sheet).text((8, 6), title, fill="black", font_size=13)
-        sheets.append(to_tensor(sheet))
+def save_grid(path, rows):
+    """Images, float (R, C, 3, S, S) in [0, 1], in R rows."""
     if RANK == 0:
-        torchvision.utils.save_image(torch.cat(sheets, dim=2), path)
-
-
-def save_views(path, images, args):
-    """Some images, uint8 (R, 3, S, S), and all views of each, as a training step sees them; local ones enlarged."""
-    views = multi_crop(images, args, torch.Generator(images.device).manual_seed(args.seed))
-    views = [F.interpolate(x, images.shape[3]).unflatten(0, (-1, len(images))).transpose(0, 1) for x in views]
-    save_sheet(path, {"image": images[:, None] / 255} | dict(zip(("global views", "local views"), views, strict=False)))
+        torchvision.utils.save_image(rows.flatten(0, 1), path, nrow=rows.shape[1], padding=4, pad_value=1.0)
 
 
 SMALL = dict(image_size=32, patch_size=8, out_dim=256, teacher_temperature=0.04, teacher_temperature_start=0.02,
@@ -636,14 +603,17 @@ def main(args):
         common.compile_operators()
 
     def monitor():  # kNN on a tenth of the training labels, from the others: what recipes are chosen by
-        h, order = features(encoder, data.train_images[: len(y)]), torch.Generator().manual_seed(0)
-        held, rest = torch.randperm(len(y), generator=order).to(device).tensor_split([len(y) // 10])
-        h = h.chunk(2, dim=1)[0]  # class tokens
+        h, _ = features(encoder, data.train_images[: len(y)]).chunk(2, dim=1)  # class tokens
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(device)
+        held, rest = order.tensor_split([len(y) // 10])
         return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
     with run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
-        save_views(folder / "views.png", data.train_images[:8].to(device), args)
+        images = data.train_images[:8].to(device)  # views.png: each, its global views, and its local ones, enlarged
+        views = [images / 255, *multi_crop(images, args, torch.Generator(device).manual_seed(args.seed))]
+        views = [F.interpolate(x, 128).unflatten(0, (-1, len(images))) for x in views]
+        save_grid(folder / "views.png", torch.cat(views).transpose(0, 1))
         untrained = evaluate(initial, data)
         history = pretrain(model, data.train_images, args, monitor if data.classes else dict)
         print("measuring", flush=True)
@@ -670,7 +640,8 @@ def main(args):
         kinds = [(data.test_labels == label).nonzero()[:, 0].repeat(4)[:4] for label in data.test_labels.unique()[:10]]
         rows = torch.stack(kinds or list(torch.arange(len(data.test_images))[:10, None]))  # without labels: alone
         groups = data.test_images[rows.to(data.test_images.device)].to(device)
-        save_figures(folder, groups, {"before training": initial, "after training": encoder})
+        save_figures(folder, groups, initial, "-untrained")
+        save_figures(folder, groups, encoder)
     for name in trained:
         print(f"{name:24}{trained[name]:6.1%}, untrained {untrained[name]:.1%}")
     print(f"{summary['total_seconds']:.0f} s in all; results are in {folder}")

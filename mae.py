@@ -1,631 +1,297 @@
-"""MAE: from the few patches of a picture that are left, an autoencoder shall paint those that were taken away.
+"""MAE: an autoencoder reconstructs the masked patches of an image from the visible ones.
 
-A picture is cut into patches and three quarters of them are removed at random. A Vision Transformer encodes the rest
-and nothing but the rest, so that a large encoder is cheap; a light decoder gets its output, and one learned mask token
-for every patch that is missing, and predicts the pixels. After pretraining the decoder is thrown away, and the encoder
-sees whole pictures.
+Three quarters of the patches are removed at random: of fewer, the neighbors would be enough to interpolate what is
+missing. A Vision Transformer encodes the rest, and nothing but the rest, which makes a large encoder cheap; it never
+meets a mask token, since real images have none. A light decoder gets its output, and one learned mask token for every
+missing patch, and predicts the pixels. It may be light, as it is thrown away after pretraining, when the encoder sees
+whole images. The encoder is made to be fine-tuned: its features are strong, but not linearly separable.
 
     He, Chen, Xie, Li, Dollar, Girshick: Masked Autoencoders Are Scalable Vision Learners, CVPR 2022.
-    The lecture's reconstruction loss, over the set M of removed patches x_i and their reconstructions y_i:
+    The lecture's reconstruction loss, over the set M of masked patches x_i and their reconstructions y_i:
 
     L = 1 / |M|  sum_{i in M} |x_i - y_i|^2        divided by the numbers in a patch, as in the authors' code
 
-    python mae.py                                       shapes drawn by code, on two CPU cores
-    python mae.py --dataset cifar10                     ViT-tiny with patches of 2 x 2 pixels, on a GPU
-    python mae.py --dataset cifar10 --encoder small     a small ViT, on two CPU cores
-    python mae.py --dataset path/to/pictures            pictures of your own, see README.md
+    python mae.py                                       shapes drawn by code; a laptop CPU will do
     python mae.py --fine-tune                           MAE's own measure: fine-tuned, against trained from scratch
-    python results/ablation.py mae-mask-ratio           a column of the lecture's ablation table
+    python mae.py --dataset cifar10 --compile           ViT-tiny with patches of 4 x 4 pixels, on a GPU
+    python mae.py --dataset cifar10 --encoder small     a small ViT, on a CPU
+    python results/ablation.py mae-mask-token           a column of the lecture's ablation table
+    torchrun --nproc-per-node 8 mae.py --dataset path/to/images          your own images, on 8 GPUs
 
-Linear probe on test of the mean of the patch tokens, untrained -> trained, on two CPU cores (2026-11-25, torch 2.14.1;
-records in results/):
-
-    shapes                       18.7 -> 46.6 %, 21.6 -> 45.9 %, 19.2 -> 41.9 % with seeds 0, 1, 2; 126 to 137 s
-    cifar10 --encoder small      42.7 -> 50.3 % with seed 0; 12 minutes
+RESULT
+Left out of the paper: the PCA and dVAE targets of table 1 (d); mixup, cutmix, RandAugment and drop path in fine-tuning.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
-import statistics
 import sys
 import time
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
 from torch import nn
 
 import common
 from common import UserError
 
 METHOD = "mae"
-
-# === Arguments ======================================================================================================
-
-
-def flag(default, text, low=None, high=math.inf, choices=None, free=False):
-    """A field of Args: default, help, range of a number (ends included), and whether --resume may come with another."""
-    bounds = "" if low is None else f"at least {low}" if high == math.inf else f"from {low} to {high}"
-    metadata = dict(text=text, low=low, high=high, choices=choices, free=free, bounds=bounds)
-    return dataclasses.field(default=default, metadata=metadata)
+SWITCH, RAW = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatter
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: a process for each GPU
+# width D, blocks and heads
+ENCODERS = {"small": (96, 4, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12),
+            "vit_large": (1024, 24, 16)}  # fmt: skip
+DECODER_DIMS = 12, 24, 48, 64, 72, 96, 128, 192, 256, 512
 
 
-@dataclass
-class Args:
-    dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, or a path: an .npz file or a folder of pictures")
-    data_dir: str = flag("data", "folder where downloads and decoded pictures are kept", free=True)
-    image_size: int = flag(96, "pixels a side, of a folder's pictures and of larger ones elsewhere; paper: 224", 8, 512)
-    encoder: str = flag(
-        "vit_tiny", "paper: vit_large", choices=("small", "vit_tiny", "vit_small", "vit_base", "vit_large")
-    )
-    patch_size: int = flag(2, "pixels a side of a patch; paper: 16 of 224", 1, 64)
-    mask_ratio: float = flag(0.75, "share of the patches that are removed; paper: 0.75", 0.01, 0.99)
-    mask_sampling: str = flag("random", "paper: random is best", choices=("random", "block", "grid"))
-    encode_mask_tokens: bool = flag(False, "let the encoder see mask tokens too; paper: costs 14 points and 3.3x")
-    decoder_depth: int = flag(4, "blocks; paper: 8", 1, 32)
-    decoder_dim: int = flag(192, "width; its attention heads are 32 wide; paper: 512", 4, 2048)
-    target: str = flag("norm-pixel", "pixels, or each patch's by its mean and deviation; paper: norm-pixel is best",
-                       choices=("pixel", "norm-pixel"))  # fmt: skip
-    augment: str = flag("crop", "paper: crop; fixed is a shift", choices=("none", "crop-fixed", "crop", "crop-color"))
-    crop: float = flag(0.2, "smallest share of a picture that a crop shows; paper: 0.2", 0.01, 1)
-    epochs: int = flag(400, "passes over the training pictures; paper: 800 in the table, up to 1600", 1)
-    batch_size: int = flag(512, "pictures N a step; paper: 4096", 2)
-    lr: float = flag(1.5e-4, "peak learning rate of AdamW for 256 pictures a step, times N / 256; paper: 1.5e-4", 0)
-    weight_decay: float = flag(0.05, "of weights and tokens, neither of norms nor of biases; paper: 0.05", 0)
-    warmup: float = flag(0.05, "share of the steps in which the learning rate rises; paper: 40 epochs of 800", 0, 0.9)
-    labels: list = flag((), "probe with few labels too: shares of each class up to 1, or numbers a class", 0, free=True)
-    fine_tune: bool = flag(False, "with these labels, also fine-tune, and train from scratch", free=True)
-    fine_tune_epochs: int = flag(100, "passes over all labels, from scratch too; paper: 100 or 50", 1, free=True)
-    fine_tune_lr: float = flag(1e-3, "learning rate of both for 256 pictures, times N / 256; paper: 1e-3", 0, free=True)
-    layer_decay: float = flag(0.75, "its factor from a block to the one below; paper: 0.75", 0.01, 1, free=True)
-    eval_every: int = flag(10, "epochs between two kNN measurements on held-out training pictures", 1, free=True)
-    seed: int = flag(0, "fixes initial weights, batches, masks, crops and the choice of labels", 0, 2**31)
-    device: str = flag("auto", "auto: cuda, else mps, else cpu", free=True)
-    compile: bool = flag(None, "torch.compile for the network and the crops; without the flag on cuda alone", free=True)
-    out: str = flag("auto", "run folder; auto: runs/<method>-<dataset>-seed<seed>", free=True)
-    resume: str = flag("", "go on from the last checkpoint of --out, or of the run folder named here", free=True)
+def flag(default, help, low=None, high=math.inf, **options):  # a field of Args; low to high is a number's range
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, options=options))
 
 
-# What differs from the defaults above, by data set; the recipes for two CPU cores are chosen by one flag.
-LARGE = dict(encoder="vit_small", patch_size=8, decoder_dim=256, epochs=200, batch_size=256)
-SMALL = dict(patch_size=4, decoder_depth=2, decoder_dim=64, target="pixel", epochs=5, batch_size=64, lr=6e-3,
-             fine_tune_epochs=4, fine_tune_lr=4e-3, eval_every=5)  # fmt: skip
-RECIPES = {
-    "shapes": SMALL | dict(encoder="small", epochs=11, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3,
-                           eval_every=11),
-    "cifar10": dict(),
-    "cifar10 --encoder small": SMALL,
-    "cifar100": dict(),
-    "cifar100 --encoder small": SMALL,
-    "stl10": LARGE,
-    "stl10 --encoder small": SMALL | dict(image_size=32, epochs=2),
-    "path": LARGE,
-    "path --encoder small": SMALL | dict(image_size=32, epochs=20),
-}  # fmt: skip
+@dataclasses.dataclass
+class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and LARGE_IMAGES say what differs elsewhere
+    dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, or a path: an .npz file or a folder of images")
+    data_dir: str = flag("data", "folder for downloads and decoded images")
+    image_size: int = flag(96, "side in pixels to which the images of a folder, and larger ones, are resized", 8, 512)
+    encoder: str = flag("vit_tiny", "paper: vit_base, vit_large", choices=tuple(ENCODERS))
+    patch_size: int = flag(4, "side of a patch in pixels; paper: 16, of 224", 1, 64)
+    mask_ratio: float = flag(0.75, "fraction of the patches that are masked; paper: 0.75", 0.01, 0.99)
+    decoder_depth: int = flag(4, "blocks of the decoder; paper: 8", 1, 32)
+    decoder_dim: int = flag(192, "of the decoder, a head for 32 of it; paper: 512", type=int, choices=DECODER_DIMS)
+    target: str = flag("norm-pixel", "norm-: standardized in each patch; paper: both", choices=("pixel", "norm-pixel"))
+    crop: float = flag(0.2, "smallest crop, as a fraction of the image's area; paper: 0.2", 0.01, 1)
+    epochs: int = flag(250, "passes over the training images; paper: 800, 1600", 1)
+    batch_size: int = flag(1024, "images N per step, over all GPUs; paper: 4096", 2)
+    lr: float = flag(3e-4, "peak learning rate of AdamW for a batch of 256; grows with --batch-size; paper: 1.5e-4", 0)
+    weight_decay: float = flag(0.05, "not applied to biases and norms; paper: 0.05", 0)
+    warmup: float = flag(0.05, "fraction of the steps with linear warmup; paper: 40 epochs of 800", 0, 0.9)
+    fine_tune: bool = flag(False, "fine-tune with all labels, and train the same network from scratch", action=SWITCH)
+    fine_tune_epochs: int = flag(100, "passes over the labels in both; paper: 100 for ViT-B, 50 for ViT-L", 1)
+    fine_tune_lr: float = flag(1e-3, "its learning rate for a batch of 256; paper: 1e-3", 0)
+    layer_decay: float = flag(0.75, "factor on it from one block to the block below; paper: 0.75", 0.01, 1)
+    eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
+    seed: int = flag(0, "of weights, batches, masks and crops", 0, 2**31)
+    device: str = flag("auto", "auto: cuda, else mps, else cpu")
+    compile: bool = flag(False, "torch.compile networks and augmentations, for long runs on a GPU", action=SWITCH)
+    out: str = flag("", f"run folder instead of runs/{METHOD}-<dataset>-seed<seed>")
+    resume: str = flag("", "run folder to continue, with the flags that it was started with")
+    typed: list = ()  # names of the flags that were typed
+    command: str = f"torchrun --nproc-per-node {WORLD} {METHOD}.py" if WORLD > 1 else f"python {METHOD}.py"
 
 
-def parse_args(argv=None):
-    """The command line over the recipe of its data set -> Args.
-
-    Raises UserError for an unknown flag and for a value that is out of its range.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
-    )
-
-    def error(message):
-        raise UserError(message)
-
-    parser.error = error
-    for field in dataclasses.fields(Args):
-        text, bounds = field.metadata["text"], field.metadata["bounds"]
-        if field.type is bool:
-            options = {"action": argparse.BooleanOptionalAction, "help": text}
-        else:
-            options = {"nargs": "+", "type": float} if field.type is list else {"type": field.type}
-            default = f" (%(default)s{bounds and ', '}{bounds})" if field.default != "" else ""
-            options |= {"choices": field.metadata["choices"], "help": text + default}
-        if field.name == "resume":
-            options |= {"nargs": "?", "const": "auto", "metavar": "RUN"}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
-    given, _ = parser.parse_known_args(argv)
-    recipe = given.dataset if given.dataset in RECIPES else "path"
-    if given.encoder == "small" and recipe != "shapes":
-        recipe += " --encoder small"
-    parser.set_defaults(**RECIPES[recipe])
-    parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
-    args = Args(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(Args):
-        value, bounds = getattr(args, field.name), field.metadata["bounds"]
-        for number in (value if field.type is list else [value]) if bounds else ():
-            if not (field.metadata["low"] <= number <= field.metadata["high"] and math.isfinite(number)):
-                raise UserError(f"--{field.name.replace('_', '-')} {number}: must be {bounds}")
-    if args.resume not in ("", "auto"):
-        args.out = args.resume
-    if args.out == "auto":
-        args.out = f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
-    return args
-
-
-# === Views ==========================================================================================================
-
-
+# === Views and masks ==================================================================================================
 def augmented(images, args, generator):
-    """uint8 (N, 3, S, S) -> float in [0, 1]: the lecture's table (e). All but `none` mirror half of the pictures."""
-    x, S = images / 255, images.shape[3]
-    if args.augment == "none":
-        return x
-    if args.augment == "crop-fixed":  # shifted by up to an eighth of the picture
-        return common.random_crop(x, S // 8, generator)
-    x = common.random_resized_crop(x, S, generator, scale=(args.crop, 1.0))
-    return common.random_color_jitter(x, generator, 0.4, 0.4, 0.4, 0.1) if args.augment == "crop-color" else x
+    """uint8 (N, 3, S, S) -> float in [0, 1]: crop and flip are enough, as every mask makes a new task of an image."""
+    return common.random_resized_crop(images / 255, images.shape[3], generator, scale=(args.crop, 1.0))
 
 
-def network_input(x):
-    """Images in [0, 1] as an encoder takes them: normalised, and in the layout that convolutions like best."""
-    return common.normalize(x).contiguous(memory_format=torch.channels_last)
+def random_masking(tokens, mask_ratio, noise):
+    """Removes the fraction mask_ratio of tokens (B, L, D), those with the largest noise (B, L): the paper's section 3.
 
-
-def mask_noise(sampling, count, side, mask_ratio, generator):
-    """Noise (count, side * side), of which random_masking removes the patches with the largest: the lecture's (f).
-
-    random: uniform. grid: keeps one patch of every 2 x 2 first. block: removes rectangles, as BEiT does, each of at
-    least 8 % of the picture, one after the other until enough is gone, and of the last one a part.
+    -> visible (B, L - M, D), with M = mask_ratio L to the nearest whole number; mask (B, L), 1 for a removed token; and
+    ids_restore (B, L), which puts visible tokens followed by M others back into their order.
     """
-    noise = common.uniform(0, 1, (count, side * side), generator)
-    if sampling == "grid":
-        odd = torch.arange(side, device=noise.device) % 2 == 1
-        noise = noise + (odd[:, None] | odd).flatten()
-    elif sampling == "block":
-        rectangles, areas = 16, (0.08, max(0.08, mask_ratio))
-        boxes = common.random_boxes(count * rectangles, side, side, areas, (0.3, 1 / 0.3), generator)
-        top, left, height, width = boxes[:, :, None].unbind(1)  # (count * rectangles, 1)
-        line = torch.arange(side, device=noise.device)
-        rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)
-        inside = (rows[:, :, None] & columns[:, None, :]).view(count, rectangles, -1)
-        rank = torch.arange(rectangles, 0, -1, device=noise.device)[:, None]  # the first rectangle has the highest
-        noise = noise + (inside * rank).amax(1)
-    return noise
-
-
-# === Model ==========================================================================================================
+    keep = tokens.shape[1] - round(mask_ratio * tokens.shape[1])
+    ids_shuffle = noise.argsort(dim=1)  # (B, L)
+    ids_restore = ids_shuffle.argsort(dim=1)  # (B, L)
+    visible = tokens.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, tokens.shape[2]))  # (B, keep, D)
+    return visible, (ids_restore >= keep).to(tokens.dtype), ids_restore
 
 
 def patchify(images, p):
-    """Images (B, 3, S, S) -> patches (B, L, 3 p p), L = (S / p)^2, row by row; the colour varies fastest."""
-    B, C, S, _ = images.shape
-    x = images.reshape(B, C, S // p, p, S // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    """Images (B, 3, S, S) -> patches (B, L, 3 p p), L = (S / p)^2, row by row; the color varies fastest."""
+    x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, S / p, p, S / p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches, p):
     """The inverse of patchify: (B, L, 3 p p) -> (B, 3, S, S)."""
-    B, L, _ = patches.shape
-    side = math.isqrt(L)
-    return patches.reshape(B, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, side * p, side * p)
+    x = patches.unflatten(2, (p, p, 3)).unflatten(1, (math.isqrt(patches.shape[1]), -1))  # (B, S / p, S / p, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+# === Model ============================================================================================================
+class MaskedAutoencoder(nn.Module):
+    """Encoder and decoder: images (B, 3, S, S), mask_ratio, noise (B, L) -> predicted patches (B, L, 3 p p), and mask
+    (B, L). Parameters have the names of the authors' code, those of the encoder after `encoder.`."""
+
+    def __init__(self, image_size, patch_size, D, depth, heads, decoder_dim=512, decoder_depth=8, decoder_heads=16):
+        super().__init__()
+        self.encoder = VisionTransformer(image_size, patch_size, D, depth, heads)
+        self.decoder_embed = nn.Linear(D, decoder_dim)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, decoder_dim))
+        positions = sincos_positions(image_size // patch_size, decoder_dim)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
+        for layer in self.modules():  # the authors' initialization
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images, mask_ratio, noise):
+        tokens = self.encoder.embed(images)  # (B, L, D), with positions: a visible one must carry its own
+        visible, mask, ids_restore = random_masking(tokens, mask_ratio, noise)
+        x = self.decoder_embed(self.encoder.encode(visible))  # (B, 1 + visible, decoder_dim), the class token first
+        missing = self.mask_token.to(x.dtype).expand(x.shape[0], ids_restore.shape[1] + 1 - x.shape[1], -1)
+        patches = torch.cat([x[:, 1:], missing], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].expand_as(patches))  # (B, L, decoder_dim), in their order
+        return self.decode(torch.cat([x[:, :1], patches], dim=1)), mask
+
+    def decode(self, x):
+        """Class token and L patches (B, 1 + L, decoder_dim) -> predicted patches (B, L, 3 p p)."""
+        x = x + self.decoder_pos_embed  # again: mask tokens differ by nothing else
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+
+# === Loss =============================================================================================================
+def patch_targets(images, patch_size, target):
+    """Normalized images (B, 3, S, S) -> patches to predict (B, L, 3 p p), table (d) of the lecture. norm-pixel: minus a
+    patch's mean, over its standard deviation, so that high-contrast patches do not dominate the loss."""
+    patches = patchify(images, patch_size)
+    if target == "norm-pixel":
+        patches = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    return patches
+
+
+def reconstruction_loss(prediction, targets, mask):
+    """Mean squared error on masked patches alone, of which copying is no solution: prediction, targets (B, L, P), mask
+    (B, L) -> scalar."""
+    error = (prediction - targets).square().mean(2)  # (B, L)
+    return (error * mask).sum() / mask.sum()
+
+
+# === Pretrain =========================================================================================================
+def pretrain(model, images, args, monitor):
+    """Learns to reconstruct images, uint8 (M, 3, S, S); monitor() -> metrics. Returns those of all epochs."""
+    device, L = next(model.parameters()).device, (images.shape[3] // args.patch_size) ** 2
+    N, steps = args.batch_size // WORLD, len(images) // args.batch_size  # an incomplete last batch is left out
+    lr = args.lr * args.batch_size / 256  # less noisy gradients allow larger steps
+    optimizer, schedule = make_optimizer(model, lr, (0.9, 0.95), args, args.epochs * steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    history = load_checkpoint(args, state, images)
+    network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
+        order, generator = draws(args, epoch, images, device)
+        model.train()
+        for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
+            x = common.normalize(augmented(batch, args, generator))
+            noise = common.uniform(0, 1, (N, L), generator)
+            with autocast(device):
+                prediction, mask = network(x, args.mask_ratio, noise)  # (N, L, 3 p p), (N, L)
+            targets = patch_targets(x, args.patch_size, args.target)  # (N, L, 3 p p)
+            loss = reconstruction_loss(prediction.float(), targets, mask.float())
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            losses[step] = loss.detach()  # reading it here would make the host wait for the GPU
+            show_progress(args, epoch, step, steps, start)
+        metrics = {"loss": losses.mean().item(), "seconds": time.perf_counter() - start}
+        if epoch % args.eval_every == 0 or epoch == args.epochs:
+            metrics |= monitor()
+        history.append({"epoch": epoch, **metrics})
+        save_epoch(args, state, images, history)
+    return history
+
+
+# === Vision Transformer ===============================================================================================
+class Block(nn.Module):
+    """A pre-norm block of the Vision Transformer (Dosovitskiy et al. 2021): (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, 4 * D), "fc2": nn.Linear(4 * D, D)})
+
+    def qkv(self, x):  # queries, keys and values, (B, heads, T, D / heads) each
+        return self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(*self.qkv(x)).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 def sincos_positions(side, D):
-    """Fixed embedding (1, 1 + side^2, D) of positions on a grid: zeros for the class token, then row by row.
-
-    A quarter of D each: sine and cosine of the column, sine and cosine of the row, at wavelengths from 2 pi up to
-    2 pi 10000 (Vaswani et al. 2017, in two dimensions).
-    """
-    frequency = 10000 ** (-torch.arange(D // 4) / (D / 4))
-    angles = torch.arange(side)[:, None] * frequency  # (side, D / 4)
+    """Fixed embedding (1, 1 + side^2, D) of a grid: zeros for the class token, then row by row. A quarter of D
+    each: sine and cosine of column and of row, at wavelengths 2 pi to 2 pi 10000 (Vaswani et al. 2017, in 2-D)."""
+    angles = torch.arange(side)[:, None] * 10000 ** (-torch.arange(D // 4) / (D / 4))  # (side, D / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
     grid = torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1)  # (side^2, D)
     return torch.cat([torch.zeros(1, D), grid])[None]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, D, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(D, 3 * D)
-        self.proj = nn.Linear(D, D)
-
-    def forward(self, x):
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
-
-
-class Mlp(nn.Module):
-    """Two layers, the hidden one four times as wide: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, D):
-        super().__init__()
-        self.fc1 = nn.Linear(D, 4 * D)
-        self.fc2 = nn.Linear(4 * D, D)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """A block of the Vision Transformer (Dosovitskiy et al. 2021), pre-norm: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, D, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(D, eps=1e-6)
-        self.attn = Attention(D, heads)
-        self.norm2 = nn.LayerNorm(D, eps=1e-6)
-        self.mlp = Mlp(D)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """A linear map of each patch: (B, 3, S, S) -> (B, L, D), row by row."""
-
-    def __init__(self, patch_size, D):
-        super().__init__()
-        self.proj = nn.Conv2d(3, D, patch_size, patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-def init_weights(module):
-    """The authors' initialisation: Xavier for every matrix, the one of the patches included, and biases of zero."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        nn.init.zeros_(module.bias)
-
-
 class VisionTransformer(nn.Module):
-    """The encoder: images (B, 3, S, S) -> class token and mean of the patch tokens (B, 2, D), both after the last norm.
-
-    Parameters have the names of the authors' code and of timm.
-    """
+    """Images (B, 3, S, S) -> class token and mean of the patch tokens, both after the last norm: (B, 2 D). S may be any
+    multiple of patch_size. Parameters have the names of the authors' code and of timm, so their weights load."""
 
     def __init__(self, image_size, patch_size, D, depth, heads):
         super().__init__()
-        self.sizes = (image_size, patch_size, D, depth, heads)
-        side = image_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size, D)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, D, patch_size, patch_size)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
-        self.pos_embed = nn.Parameter(sincos_positions(side, D), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(image_size // patch_size, D), requires_grad=False)
         self.blocks = nn.ModuleList(Block(D, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.apply(init_weights)
 
-    def encode_tokens(self, x):
-        """Patches with their positions, all or some of them (B, T, D) -> (B, 1 + T, D), the class token first."""
+    def positions(self, T):
+        """Embeddings (1, T, D) of class token and patches, interpolated for local views and images of other sizes."""
+        old, new = math.isqrt(self.pos_embed.shape[1]), math.isqrt(T)  # patches a side
+        grid = self.pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
+        grid = F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
+        return torch.cat([self.pos_embed[:, :1], grid], dim=1)
+
+    def embed(self, images):
+        """(B, 3, S, S) -> patch tokens with their positions (B, L, D), row by row."""
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        return x + self.positions(1 + x.shape[1])[:, 1:]
+
+    def encode(self, x):
+        """Patch tokens, all or some of them (B, T, D) -> (B, 1 + T, D), the class token first."""
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + T, D)
+        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + T, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def forward(self, images):
-        x = self.encode_tokens(self.patch_embed(images) + self.pos_embed[:, 1:])  # (B, 1 + L, D)
-        return torch.stack([x[:, 0], x[:, 1:].mean(1)], dim=1)  # (B, 2, D)
+        x = self.encode(self.embed(images))
+        return torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=1)
 
 
-def random_masking(tokens, mask_ratio, noise):
-    """Removes the share mask_ratio of tokens (B, L, D), those with the largest noise (B, L): the paper's section 3.
-
-    -> visible (B, L - M, D), with M = mask_ratio L to the nearest whole number; mask (B, L), 1 for a removed token; and
-    ids_restore (B, L), which puts visible tokens followed by mask tokens back into their order.
-    """
-    B, L, D = tokens.shape
-    keep = L - round(mask_ratio * L)
-    ids_shuffle = noise.argsort(dim=1)  # (B, L)
-    ids_restore = ids_shuffle.argsort(dim=1)  # (B, L)
-    visible = tokens.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, D))  # (B, keep, D)
-    return visible, (ids_restore >= keep).to(tokens.dtype), ids_restore
-
-
-class MaskedAutoencoder(VisionTransformer):
-    """Encoder and decoder: images (B, 3, S, S), ratio, noise (B, L) -> predicted patches (B, L, 3 p p), mask (B, L).
-
-    With encode_mask_tokens the encoder gets a mask token in the place of every removed patch, as in BERT: the lecture's
-    table (c). Otherwise it gets the visible patches alone, and mask tokens come in before the decoder.
-    """
-
-    def __init__(self, image_size, patch_size, D, depth, heads, decoder_dim=512, decoder_depth=8, decoder_heads=16,
-                 encode_mask_tokens=False):  # fmt: skip
-        super().__init__(image_size, patch_size, D, depth, heads)
-        self.encode_mask_tokens = encode_mask_tokens
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, D if encode_mask_tokens else decoder_dim))
-        positions = sincos_positions(image_size // patch_size, decoder_dim)
-        self.decoder_embed = nn.Linear(D, decoder_dim)
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
-            part.apply(init_weights)
-
-    def encode(self, images, mask_ratio, noise):
-        """-> latent (B, 1 + L - M, D), or (B, 1 + L, D) with mask tokens; mask and ids_restore (B, L)."""
-        tokens = self.patch_embed(images)  # (B, L, D)
-        visible, mask, ids_restore = random_masking(tokens + self.pos_embed[:, 1:], mask_ratio, noise)
-        if self.encode_mask_tokens:
-            visible = torch.where(mask[:, :, None] == 1, self.mask_token, tokens) + self.pos_embed[:, 1:]
-        return self.encode_tokens(visible), mask, ids_restore
-
-    def decode(self, latent, ids_restore):
-        """-> predicted patches (B, L, 3 p p)."""
-        x = self.decoder_embed(latent)
-        if not self.encode_mask_tokens:
-            B, L = ids_restore.shape
-            missing = self.mask_token.to(x.dtype).expand(B, L + 1 - x.shape[1], -1)
-            patches = torch.cat([x[:, 1:], missing], dim=1)  # (B, L, decoder_dim), visible ones first
-            patches = patches.gather(1, ids_restore[:, :, None].expand_as(patches))
-            x = torch.cat([x[:, :1], patches], dim=1)  # (B, 1 + L, decoder_dim)
-        x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
-
-    def forward(self, images, mask_ratio, noise):
-        latent, mask, ids_restore = self.encode(images, mask_ratio, noise)
-        return self.decode(latent, ids_restore), mask
-
-    def encoder(self):
-        """What is left after pretraining: a VisionTransformer with a copy of the encoder's weights."""
-        encoder, weights = VisionTransformer(*self.sizes).to(self.pos_embed.device), self.state_dict()
-        encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-        return encoder
-
-
-ENCODERS = {  # width D, blocks, heads
-    "small": (96, 4, 3),
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
-    "vit_large": (1024, 24, 16),
-}
-
-
-def build_model(args, image_size):
-    """The autoencoder of these arguments. Raises UserError where its sizes do not fit together."""
-    L = (image_size // args.patch_size) ** 2
-    if image_size % args.patch_size:
-        raise UserError(f"--patch-size {args.patch_size}: does not divide pictures of {image_size} x {image_size}")
-    if not 0 < round(args.mask_ratio * L) < L:
-        raise UserError(f"--mask-ratio {args.mask_ratio}: must remove one of the {L} patches, and leave one")
-    heads = max(1, args.decoder_dim // 32)
-    if args.decoder_dim % 4 or args.decoder_dim % heads:
-        raise UserError(f"--decoder-dim {args.decoder_dim}: must be a multiple of 4 and of its {heads} attention heads")
-    return MaskedAutoencoder(image_size, args.patch_size, *ENCODERS[args.encoder], args.decoder_dim,
-                             args.decoder_depth, heads, args.encode_mask_tokens)  # fmt: skip
-
-
-# === Loss ===========================================================================================================
-
-
-def patch_targets(images, patch_size, target):
-    """Normalised images (B, 3, S, S) -> the patches to predict (B, L, 3 p p); the lecture's table (d).
-
-    norm-pixel: each patch minus its mean and over its deviation, so that no patch counts for its contrast.
-    """
-    patches = patchify(images, patch_size)
-    if target == "norm-pixel":
-        mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
-        patches = (patches - mean) / (variance + 1e-6).sqrt()
-    return patches
-
-
-def reconstruction_loss(prediction, targets, mask):
-    """Mean squared error on masked patches alone: prediction, targets (B, L, P), mask (B, L) -> scalar."""
-    error = (prediction - targets).square().mean(2)  # (B, L)
-    return (error * mask).sum() / mask.sum()
-
-
-# === Pretrain =======================================================================================================
-
-
-def autocast(device):
-    """bfloat16 for the network on a GPU; losses and the state of the optimizer stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def warmup_cosine(step, steps, warmup):
-    """The factor on the learning rate: a linear rise over the share `warmup` of the steps, then half a cosine to 0."""
-    rise = warmup * steps
-    return (step + 1) / (rise + 1) if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (steps - rise))
-
-
-def layerwise_adamw(model, lr, steps, args, betas, layer_decay=1.0):
-    """AdamW that decays all but norms and biases, which have one dimension; and its learning rate, lr at its peak.
-
-    With layer_decay each block has that share of the learning rate of the one above it, from the head down to the
-    patches (paper, table 9; Bao et al. 2022, BEiT).
-    """
-    groups, depth = {}, len(model.encoder.blocks) if layer_decay < 1 else 0
-    for name, p in model.named_parameters():
-        block = re.search(r"blocks\.(\d+)", name)
-        layer = int(block[1]) + 1 if block else 0 if re.search("embed|token", name) else depth + 1
-        scale = layer_decay ** (depth + 1 - layer)
-        if p.requires_grad:
-            groups.setdefault((scale, p.ndim > 1), []).append(p)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": lr * scale, "weight_decay": args.weight_decay * decays}
-            for (scale, decays), parameters in groups.items()
-        ],
-        betas=betas,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, args.warmup))
-    return optimizer, schedule
-
-
-def pretrain(model, images, args, run, monitor):
-    """Learns to reconstruct images, uint8 (M, 3, S, S). There are no labels here; monitor(epoch) -> metrics."""
-    device, N, S = next(model.parameters()).device, args.batch_size, images.shape[3]
-    steps = len(images) // N  # an epoch leaves out an incomplete last batch
-    optimizer, schedule = layerwise_adamw(model, args.lr * N / 256, args.epochs * steps, args, betas=(0.9, 0.95))
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    generator = torch.Generator(device)
-    for epoch in range(run.restore(parts) + 1, args.epochs + 1):
-        start = time.perf_counter()
-        model.train()
-        generator.manual_seed(args.seed * 100_000 + epoch)  # an epoch's draws depend on nothing before it
-        order = torch.randperm(len(images), generator=generator, device=device)
-        losses = torch.zeros(steps, device=device)
-        for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
-            x = network_input(augmented(batch, args, generator))
-            noise = mask_noise(args.mask_sampling, N, S // args.patch_size, args.mask_ratio, generator)  # (N, L)
-            with autocast(device):
-                prediction, mask = model(x, args.mask_ratio, noise)  # (N, L, 3 p p), (N, L)
-            targets = patch_targets(x, args.patch_size, args.target)  # (N, L, 3 p p)
-            loss = reconstruction_loss(prediction.float(), targets, mask.float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses[step] = loss.detach()
-            run.foresee(step, losses)
-        loss = run.mean_loss(losses, epoch)  # the one wait for the device in an epoch
-        seconds = time.perf_counter() - start
-        metrics = {"loss": loss, "images_per_second": steps * N / seconds}
-        run.log(epoch, metrics | monitor(epoch) | {"seconds": seconds})
-        run.save(epoch, parts)
-
-
-class Run:
-    """The folder of a run: args.json, metrics.jsonl, checkpoint.pt and summary.json; and progress on the screen."""
-
-    def __init__(self, args):
-        """Reads the checkpoint to go on from, if any. Raises UserError where it does not fit, or would be lost."""
-        self.args, self.folder, self.history, self.ticks, self.state = args, Path(args.out), [], [], None
-        path = self.folder / "checkpoint.pt"
-        if path.exists() and not args.resume:
-            raise UserError(f"--out {self.folder}: holds a run already; go on with --resume, or name another folder")
-        if path.exists():
-            try:
-                self.state = torch.load(path, map_location="cpu", weights_only=True)
-                method, before, self.history = (self.state[key] for key in ("method", "args", "history"))
-            except Exception:  # a file that is torn or something else fails in many ways
-                raise UserError(f"{path}: not a checkpoint that can be read") from None
-            if method != METHOD:
-                raise UserError(f"{path}: is of {method}, not of {METHOD}")
-            for field in dataclasses.fields(args):
-                was, now = before.get(field.name), getattr(args, field.name)
-                if was != now and not field.metadata["free"]:
-                    raise UserError(f"{path}: was made with --{field.name.replace('_', '-')} {was}, not {now}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.write("args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
-
-    def write(self, name, content):
-        """Text, or what torch.save takes; under a temporary name first, so that no file is ever half there."""
-        temporary = self.folder / f"{name}.partial"
-        temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
-        temporary.replace(self.folder / name)
-
-    def restore(self, parts):
-        """Puts the checkpoint into the parts -> the epochs it has behind it. Without one, the start becomes one."""
-        if self.state is None:
-            self.save(0, parts)
-            return 0
-        for name, part in parts.items():
-            part.load_state_dict(self.state[name])
-        return self.state["epoch"]
-
-    def save(self, epoch, parts):
-        """The checkpoint: tensors and plain values only, so that it loads with weights_only=True."""
-        state = {"method": METHOD, "args": dataclasses.asdict(self.args), "epoch": epoch, "history": self.history}
-        self.write("checkpoint.pt", state | {name: part.state_dict() for name, part in parts.items()})
-
-    def foresee(self, step, losses):
-        """Says early how long pretraining will take, from the ten steps between two of the first ones."""
-        if step in (10, 20) and len(self.ticks) < 2:
-            losses[step].item()  # waits for the device
-            self.ticks.append(time.perf_counter())
-            if step == 20:
-                epochs = self.args.epochs - len(self.history)
-                minutes = (self.ticks[1] - self.ticks[0]) / 10 * len(losses) * epochs / 60
-                print(f"pretraining will take about {minutes:.1f} minutes", flush=True)
-
-    def mean_loss(self, losses, epoch):
-        """losses (steps,) of an epoch -> their mean. Raises UserError if one of them is not finite."""
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step = (epoch - 1) * len(losses) + bad[0].item() + 1
-            raise UserError(
-                f"the loss is not finite at step {step}, in epoch {epoch}: try a smaller --lr in another --out; "
-                f"{self.folder / 'checkpoint.pt'} is that of epoch {epoch - 1}"
-            )
-        return losses.mean().item()
-
-    def log(self, epoch, metrics):
-        """A line of metrics.jsonl, and a shorter one on the screen."""
-        self.history.append({"epoch": epoch} | metrics)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(self.history[-1]) + "\n")
-        left = sum(line["seconds"] for line in self.history) / epoch * (self.args.epochs - epoch)
-        minutes, seconds = divmod(round(left), 60)
-        shown = {k: v for k, v in metrics.items() if isinstance(v, float) and k != "seconds"}
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        print(f"epoch {epoch}/{self.args.epochs}  {minutes}:{seconds:02} left  {numbers}", flush=True)
-
-    def finish(self, start, device, encoder, results):
-        """summary.json from results = {name: numbers or rows of them} and what every run has to say -> its content."""
-        summary = {
-            "method": METHOD,
-            "command": shlex.join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "dataset": self.args.dataset,
-            "seed": self.args.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "epochs": self.args.epochs,
-            "resumed_at_epoch": self.state["epoch"] if self.state else 0,
-            "parameters": sum(p.numel() for p in encoder.parameters()),
-            "images_per_second": statistics.median(line["images_per_second"] for line in self.history),
-            "peak_memory_gb": peak_memory_gb(device),
-            "pretrain_seconds": sum(line["seconds"] for line in self.history),
-            "total_seconds": time.perf_counter() - start,
-            **results,
-            "history": self.history,
-        }
-        self.write("encoder.pt", encoder.state_dict())
-        self.write("summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"{summary['total_seconds']:.0f} s in all; summary.json, encoder.pt and pictures are in {self.folder}")
-        return summary
-
-
-# === Evaluate =======================================================================================================
-
-
+# === Evaluate =========================================================================================================
 @torch.no_grad()
-def features(encoder, images):
-    """Whole pictures through the frozen encoder: uint8 (M, 3, S, S) -> float32 (M, D)."""
-    device = next(encoder.eval().parameters()).device
+def features(network, images):
+    """Images without augmentation, uint8 (M, 3, S, S), through a frozen network -> float32 (M, D)."""
+    device = next(network.eval().parameters()).device
     with autocast(device):
-        return torch.cat([encoder(network_input(x.to(device) / 255)).float() for x in images.split(512)])
+        h = torch.cat([network(common.normalize(x.to(device) / 255)).float() for x in images.split(512)])
+    if not h.isfinite().all():
+        raise UserError("the features are not finite, so there is nothing to measure: try a smaller --lr")
+    return h
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
-    """Weighted nearest neighbours (Wu et al. 2018, InstDisc): features (M, D), (Q, D) -> accuracy in [0, 1].
-
-    The k pictures of the bank of highest cosine s with a query vote for their class, each with exp(s / temperature).
-    """
-    bank, queries, correct = F.normalize(bank, dim=1), F.normalize(queries, dim=1), 0
-    classes = int(bank_labels.max()) + 1
+    """k nearest neighbors, features (M, D), (Q, D) -> accuracy in [0, 1]. Those of highest cosine s with a query vote
+    for their class, each with exp(s / temperature) (Wu et al. 2018; k and temperature of MoCo's CIFAR-10 notebook)."""
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    classes, correct = int(bank_labels.max()) + 1, 0
     for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
         s, nearest = (query @ bank.T).topk(min(k, len(bank)))  # (B, k)
         votes = torch.zeros(len(query), classes, device=bank.device)
@@ -635,269 +301,340 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 
 def linear_probe(train, train_labels, test, test_labels):
-    """Logistic regression on frozen features (M, D), as in CLIP's appendix A.3 -> accuracy on test in [0, 1].
+    """Logistic regression on standardized frozen features (M, D), (Q, D), by L-BFGS and with C = 1, scikit-learn's
+    defaults -> accuracy on test in [0, 1]."""
+    mean, std = train.mean(0), train.std(0, correction=0) + 1e-5
+    train, test = (train - mean) / std, (test - mean) / std
+    layer = nn.Linear(train.shape[1], int(train_labels.max()) + 1, device=train.device)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
-    Features are standardised; of six L2 strengths the one counts that is best on a tenth of the training labels,
-    held out; then all of them are fitted.
-    """
-    mean, std = train.mean(0), train.std(0)
-    train, test = ((x - mean) / (std + 1e-5) for x in (train, test))
-    classes = int(train_labels.max()) + 1
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(train), train_labels) + 0.5 / len(train) * layer.weight.square().sum()
+        loss.backward()
+        return loss
 
-    def fit(layer, x, y, l2):
-        """Minimises cross-entropy + l2 |weights|^2 from where the layer stands; the problem is convex."""
-        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-
-        def objective():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(layer(x), y) + l2 * layer.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(objective)
-
-    def accuracy(layer, x, y):
-        return (layer(x).argmax(1) == y).sum().item() / len(y)
-
-    held = torch.arange(len(train), device=train.device) % 10 == 0
-    layer, best, strength = nn.Linear(train.shape[1], classes, device=train.device), -1.0, None
-    nn.init.zeros_(layer.weight)
-    for l2 in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):  # from strong to weak, each from the solution of the one before
-        fit(layer, train[~held], train_labels[~held], l2)
-        score = accuracy(layer, train[held], train_labels[held])
-        if score > best:
-            best, strength = score, l2
-    fit(layer, train, train_labels, strength)
-    return accuracy(layer, test, test_labels)
-
-
-def probes(train, train_labels, test, test_labels):
-    """Features (M, D), (Q, D) and labels -> accuracies on test."""
-    return {
-        "knn": knn_accuracy(train, train_labels, test, test_labels),
-        "linear_probe": linear_probe(train, train_labels, test, test_labels),
-    }
+    optimizer.step(objective)
+    return (layer(test).argmax(1) == test_labels).float().mean().item()
 
 
 def evaluate(encoder, data):
-    """Frozen probes of the mean of the patch tokens and of the class token -> accuracies on test, and the former's
-    features of train and test. `knn` and `linear_probe` are those of the mean."""
+    """kNN and linear probe of the mean of the patch tokens, and of the class token, which the paper's probe reads ->
+    accuracies on test, none without labels."""
     if not data.classes:
-        return {}, None
-    y, test_y = data.train_labels, data.test_labels
-    h, test_h = features(encoder, data.train_images[: len(y)]), features(encoder, data.test_images)  # (M, 2, D)
-    accuracies = probes(h[:, 1], y, test_h[:, 1], test_y)
-    of_class_token = probes(h[:, 0], y, test_h[:, 0], test_y)
-    accuracies |= {f"{name}_class_token": value for name, value in of_class_token.items()}
-    return accuracies, (h[:, 1], test_h[:, 1])
+        return {}
+    y, test_y, results = data.train_labels, data.test_labels, {}
+    h, test_h = features(encoder, data.train_images[: len(y)]), features(encoder, data.test_images)  # (M, 2 D)
+    for name, i in (("", 1), ("_class_token", 0)):
+        x, test_x = h.chunk(2, dim=1)[i], test_h.chunk(2, dim=1)[i]
+        results[f"knn{name}"] = knn_accuracy(x, y, test_x, test_y)
+        results[f"linear_probe{name}"] = linear_probe(x, y, test_x, test_y)
+    return results
 
 
 class Classifier(nn.Module):
-    """A copy of the encoder, and a linear layer on the normalised mean of its patch tokens: images -> (B, classes)."""
+    """A copy of an encoder, and a linear layer on the normalized mean of its patch tokens: images -> (B, classes)."""
 
     def __init__(self, encoder, classes):
         super().__init__()
         D = encoder.pos_embed.shape[2]
-        self.encoder = copy.deepcopy(encoder)
+        self.encoder, self.fc_norm, self.head = copy.deepcopy(encoder), nn.LayerNorm(D, eps=1e-6), nn.Linear(D, classes)
         self.encoder.norm = nn.Identity()  # as in the authors' code, the norm comes after the mean
-        self.fc_norm = nn.LayerNorm(D, eps=1e-6)
-        self.head = nn.Linear(D, classes)
+        self.encoder.pos_embed.requires_grad_()
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, images):
-        return self.head(self.fc_norm(self.encoder(images)[:, 1]))
+        return self.head(self.fc_norm(self.encoder(images).chunk(2, dim=1)[1]))
 
 
-def train_end_to_end(encoder, data, rows, args, layer_decay):
-    """Trains all of an encoder with the labels of some rows, MAE's own measure -> accuracy on test.
+def layer_groups(model, lr, weight_decay, layer_decay):
+    """Parameter groups: each block of the encoder has layer_decay times the learning rate of the one above it, as lower
+    ones are more general (Bao et al. 2022, BEiT); weight decay is not for tokens, positions, norms and biases."""
+    groups, depth = {}, len(model.encoder.blocks)
+    for name, p in model.named_parameters():
+        block = re.search(r"encoder\.blocks\.(\d+)", name)
+        layer = int(block[1]) + 1 if block else 0 if re.search("patch|cls_token|pos_embed", name) else depth + 1
+        decayed = p.ndim > 1 and not name.endswith(("_token", "pos_embed"))
+        groups.setdefault((lr * layer_decay ** (depth + 1 - layer), weight_decay * decayed), []).append(p)
+    return [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
 
-    Steps are as many for few labels as for all: fine_tune_epochs times the pictures with labels. Crops are those of
-    pretraining, labels are smoothed by 0.1; the paper's mixup, cutmix, RandAugment and drop path are left out.
-    """
-    device, N = data.train_labels.device, min(args.batch_size, len(rows))
-    steps = args.fine_tune_epochs * max(1, len(data.train_labels) // args.batch_size)
-    passes = math.ceil(steps / (len(rows) // N))
+
+def fine_tune(encoder, data, args, layer_decay):
+    """MAE's own measure: trains a Classifier with all labels -> accuracy on test, and the Classifier. From an untrained
+    encoder, with layer_decay 1, it is training from scratch by the same recipe; the paper's opponent has a longer one.
+    Crops are those of pretraining, labels are smoothed by 0.1."""
+    y, device, N = data.train_labels, data.train_labels.device, min(args.batch_size, 256)
     torch.manual_seed(args.seed)
-    model = Classifier(encoder, len(data.classes)).to(device).train()
-    lr, steps = args.fine_tune_lr * N / 256, passes * (len(rows) // N)
-    optimizer, schedule = layerwise_adamw(model, lr, steps, args, (0.9, 0.999), layer_decay)
+    model, lr, steps = Classifier(encoder, len(data.classes)).to(device), args.fine_tune_lr * N / 256, len(y) // N
+    if args.compile:
+        model.compile()
+    optimizer, schedule = make_optimizer(model, lr, (0.9, 0.999), args, args.fine_tune_epochs * steps, layer_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for _ in range(passes):
-        order = rows[torch.randperm(len(rows), generator=generator, device=device)]
-        for index, batch in zip(order.split(N), common.batches(data.train_images, order, N, device), strict=False):
-            x = network_input(augmented(batch, args, generator))
+    model.train()
+    for _ in range(args.fine_tune_epochs):
+        order = torch.randperm(len(y), generator=generator, device=device)
+        for rows, batch in zip(order.split(N), common.batches(data.train_images, order, N, device), strict=False):
             with autocast(device):
-                logits = model(x)  # (N, classes)
-            loss = F.cross_entropy(logits.float(), data.train_labels[index], label_smoothing=0.1)
+                logits = model(common.normalize(augmented(batch, args, generator)))  # (N, classes)
+            loss = F.cross_entropy(logits.float(), y[rows], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
-    return (features(model, data.test_images).argmax(1) == data.test_labels).sum().item() / len(data.test_labels)
-
-
-def supervised(scratch, encoder, data, h, rows, args):
-    """The frozen encoder with the labels of some rows and, for --fine-tune, all of it trained with them, against the
-    same network from scratch, whose layers all have the full learning rate. h: features of train and test."""
-    accuracies = {"labels": len(rows)} | probes(h[0][rows], data.train_labels[rows], h[1], data.test_labels)
-    if args.fine_tune:
-        print(f"fine-tuning on {len(rows)} labels, and training from scratch", flush=True)
-        accuracies["fine_tuned"] = train_end_to_end(encoder, data, rows, args, args.layer_decay)
-        accuracies["from_scratch"] = train_end_to_end(scratch, data, rows, args, 1.0)
-    return accuracies
-
-
-# === Pictures =======================================================================================================
-
-
-def save_sheet(path, blocks):
-    """Blocks of images, float (rows, columns, 3, S, S) in [0, 1], side by side, each under its title."""
-    S, tiles = blocks[0][1].shape[4], []
-    zoom = max(1, round(64 / S))
-    for _, images in blocks:
-        grid = torchvision.utils.make_grid(images.flatten(0, 1).cpu(), images.shape[1], padding=1, pad_value=1.0)
-        tile = Image.fromarray((255 * grid).round().byte().permute(1, 2, 0).numpy())
-        tiles.append(tile.resize((zoom * tile.width, zoom * tile.height), Image.Resampling.NEAREST))
-    gap, head = 16, 24
-    page = Image.new("RGB", (sum(tile.width + gap for tile in tiles) + gap, tiles[0].height + head + gap), "white")
-    left = gap
-    for (title, _), tile in zip(blocks, tiles, strict=True):
-        ImageDraw.Draw(page).text((left + zoom, 6), title, fill="black", font_size=13)
-        page.paste(tile, (left, head))
-        left += tile.width + gap
-    page.save(path)
+    return (features(model, data.test_images).argmax(1) == data.test_labels).float().mean().item(), model
 
 
 @torch.no_grad()
 def reconstruct(model, images, args):
-    """Some pictures, uint8 (R, 3, S, S), masked and as the model completes them: both float (R, 3, S, S) in [0, 1].
-
-    The visible patches are those of the picture. A normalised target says nothing of a patch's mean and deviation, so
-    these are taken from the picture, for the eye alone.
-    """
-    p, (R, _, S, _) = args.patch_size, images.shape
-    generator = torch.Generator(images.device).manual_seed(args.seed)
-    noise = mask_noise(args.mask_sampling, R, S // p, args.mask_ratio, generator)
-    x = network_input(images / 255)
+    """Images, uint8 (R, 3, S, S), masked, completed, and as they are: float (R, 3, 3, S, S) in [0, 1]. Visible patches
+    are pasted in; norm-pixel targets say nothing of a patch's mean and deviation, here they are the image's."""
+    p, x, generator = args.patch_size, common.normalize(images / 255), torch.Generator(images.device)
+    generator.manual_seed(args.seed)
+    patches = patchify(x, p)  # (R, L, 3 p p)
     with autocast(images.device):
-        prediction, mask = model.eval()(x, args.mask_ratio, noise)
-    prediction, patches, mask = prediction.float(), patchify(x, p), mask[:, :, None].float()
+        prediction, mask = model.eval()(x, args.mask_ratio, common.uniform(0, 1, patches.shape[:2], generator))
+    prediction, mask = prediction.float(), mask[:, :, None].expand_as(patches) == 1
     if args.target == "norm-pixel":
         prediction = prediction * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (common.MEAN, common.STD))
-    pasted = unpatchify(torch.where(mask == 1, prediction, patches), p) * std + mean
-    hidden = unpatchify(mask.expand_as(patches), p) == 1
-    return torch.where(hidden, 0.5, images / 255), pasted.clamp(0, 1)
+    completed = unpatchify(torch.where(mask, prediction, patches), p) * std + mean
+    masked = torch.where(unpatchify(mask, p), 0.5, images / 255)
+    return torch.stack([masked, completed.clamp(0, 1), images / 255], dim=1)
 
 
-def save_reconstruction(run, epoch, model, images, args):
-    """reconstruction.png: pictures masked, completed after this and earlier epochs, and as they are.
-
-    The earlier ones are kept in reconstruction.pt, so that a resumed run shows them too.
-    """
-    masked, completed = reconstruct(model, images, args)
-    path = run.folder / "reconstruction.pt"
-    before = torch.load(path, weights_only=True) if path.exists() else {}
-    drawn = {e: x for e, x in before.items() if e < epoch} | {epoch: completed.cpu()}
-    run.write(path.name, drawn)
-    blocks = [("masked", masked)] + [(f"epoch {e}", x) for e, x in drawn.items()] + [("picture", images / 255)]
-    save_sheet(run.folder / "reconstruction.png", [(title, x[:, None]) for title, x in blocks])
+# === Nothing below is about MAE: optimizer, several GPUs, run folder, figures, command line ===========================
+def autocast(device):
+    """bfloat16 where the GPU has it, else float16; float32 on other devices."""
+    bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16 if bfloat16 else torch.float16, enabled=device.type == "cuda")
 
 
-# === Main ===========================================================================================================
+def make_optimizer(model, lr, betas, args, steps, layer_decay=1.0):
+    """AdamW; linear warmup, then half a cosine to 0."""
+    groups, rise = layer_groups(model, lr, args.weight_decay, layer_decay), args.warmup * steps
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+
+    def factor(step):
+        fall = (min(step, steps) - rise) / (steps - rise)
+        return (step + 1) / (rise + 1) if step < rise else 0.5 + 0.5 * math.cos(math.pi * fall)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def draws(args, epoch, images, device):
+    """An epoch's images of this process, in random order, and the generator of its views: the same in a resumed run."""
+    seed, used = args.seed * 100_000 + epoch, len(images) // args.batch_size * args.batch_size
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:used].to(device)
+    return order[RANK::WORLD], torch.Generator(device).manual_seed(seed + 50_000 * (RANK + 1))
 
 
 def pick_device(name):
-    """The device of that name, or the best there is for `auto`. Raises UserError where it is not there."""
+    """The device of that name, or the best there is for `auto`; one GPU for each process, and they meet here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        x = torch.zeros(1, device=f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and WORLD > 1 else name)
+        x.item()  # devices that hold no numbers, such as `meta`, fail here
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]})") from None
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if x.is_cuda else "gloo", timeout=timedelta(days=1))
+        sys.stdout = sys.stdout if RANK == 0 else None  # print then does nothing
+    return x.device
 
 
-def peak_memory_gb(device):
-    """Of the device, or of the whole process on a CPU; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+@contextlib.contextmanager
+def run_folder(args):
+    """Makes the folder of the run, and locks it until the run ends: two runs never write to one folder."""
+    folder = Path(args.out)
     try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            if os.name == "posix" and RANK == 0:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / "checkpoint.pt").exists() and not args.resume:
+                raise UserError(f"--out {folder}: holds a run; go on with --resume {folder}, or name another folder")
+            yield folder
+    except BrokenPipeError:  # of a print
+        raise
+    except OSError as error:
+        reason = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
+        raise UserError(f"--out {folder}: cannot be used ({reason})") from None
 
 
-def print_table(rows):
-    """Rows, dicts with the same keys: floats are accuracies."""
-    print()
-    for row in ({key: key for key in rows[0]}, *rows):
-        cells = (f"{v:.1%}" if isinstance(v, float) else str(v) for v in row.values())
-        print("".join(f"{cell:>{max(14, len(key) + 2)}}" for cell, key in zip(cells, row, strict=True)))
+def save(path, content):
+    """Text, or what torch.save takes, under a temporary name first: a killed run leaves no torn file."""
+    if RANK == 0:
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with open(partial, "wb") as file:
+                file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def show_progress(args, epoch, step, steps, start):
+    """On a terminal, every tenth of an epoch: how far it is, and how long the rest of the run will take."""
+    if RANK == 0 and sys.stdout.isatty() and (step + 1) % max(1, steps // 10) == 0:
+        done = (step + 1) / steps
+        left = (time.perf_counter() - start) / done * (args.epochs - epoch + 1 - done)
+        print(f"epoch {epoch}/{args.epochs} {done:4.0%}, {left / 60:.1f} min left ", end="\r", flush=True)
+
+
+def save_epoch(args, state, images, history):
+    """Prints the last line of the history; writes all of it and the checkpoint, if loss and weights are finite."""
+    epoch, loss = len(history), history[-1]["loss"]
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in history[-1].items() if isinstance(value, float))
+    print(f"epoch {epoch}/{args.epochs}  {shown}", flush=True)
+    if not (math.isfinite(loss) and nn.utils.get_total_norm(state["model"].parameters()).isfinite()):
+        raise UserError(f"the loss is not finite in epoch {epoch}: try a smaller --lr; the last checkpoint is kept")
+    save(Path(args.out, "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in history))
+    content = {name: part.state_dict() for name, part in state.items()}
+    save(Path(args.out, "checkpoint.pt"), content | {"images": common.fingerprint(images), "history": history})
+
+
+def load_checkpoint(args, state, images):
+    """Restores the run in args.out, if it has finished an epoch -> its history. The flags fit, and are kept."""
+    path, history = Path(args.out, "checkpoint.pt"), []
+    if path.exists():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(content[name])
+            history = content["history"]
+        except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
+            raise UserError(f"{path}: is not a checkpoint of this run with these flags") from None
+        if content["images"] != common.fingerprint(images):
+            raise UserError(f"{path}: --dataset {args.dataset} is not what it was when the run began")
+    save(Path(args.out, "args.json"), json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    return history
+
+
+SMALL = dict(image_size=32, decoder_depth=2, decoder_dim=64, target="pixel", epochs=5, batch_size=64, lr=6e-3,
+             fine_tune_epochs=4, fine_tune_lr=4e-3, eval_every=5)  # with --encoder small  # fmt: skip
+SHAPES = SMALL | dict(encoder="small", epochs=11, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3, eval_every=11)
+LARGE_IMAGES = dict(encoder="vit_small", patch_size=8, decoder_dim=256)
+
+
+def parse_args(argv=None):
+    """The command line, over the recipe of its dataset or over the flags of the run to resume -> Args."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    fields = [field for field in dataclasses.fields(Args) if field.metadata]
+    parser = argparse.ArgumentParser(f"{METHOD}.py", argparse.SUPPRESS, __doc__, formatter_class=RAW, add_help=False)
+    for field in fields:
+        name, help = "--" + field.name.replace("_", "-"), field.metadata["help"] + " (%(default)s)"
+        parser.add_argument(name, help=help, **field.metadata["options"] or {"type": field.type})
+    given = parser.parse_known_args(argv)[0]  # None for what is not given
+    args = Args(**SHAPES if given.dataset in (None, "shapes") else SMALL if given.encoder == "small" else {})
+    if given.resume:
+        try:
+            args = Args(**json.loads(Path(given.resume, "args.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            parser.error(f"--resume {given.resume}: there is no run of {METHOD}.py in this folder")
+    parser.set_defaults(**vars(args))
+    parser.add_argument("-h", "--help", action="help", help="show this help, with the recipe of --dataset in brackets")
+    parser.parse_args(argv, args)
+    for field in fields:
+        low, value, high = field.metadata["low"], getattr(args, field.name), field.metadata["high"]
+        if low is not None and not low <= value <= high:
+            parser.error(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high}")
+    if given.out and given.resume:
+        parser.error("--out: a resumed run stays in its folder")
+    args.typed = [*args.typed, *(field.name for field in fields if getattr(given, field.name) is not None)]
+    args.command = shlex.join([*shlex.split(args.command), *argv])
+    args.out = args.resume or args.out or f"runs/{METHOD}-{Path(args.dataset).resolve().stem}-seed{args.seed}"
+    return args
 
 
 def main(args):
-    """Loads, measures the untrained encoder, pretrains, measures again -> the content of summary.json."""
-    start = time.perf_counter()
+    """Measures the untrained encoder, pretrains without labels, measures again -> the content of summary.json."""
+    start, load = time.perf_counter(), [args.dataset, args.data_dir, args.image_size]
+    data = common.load_dataset(*load) if RANK == 0 else None  # the others wait below while this downloads or decodes
     device = pick_device(args.device)
-    data = common.load_dataset(args.dataset, args.data_dir, args.image_size).to(device)
+    data = (data or common.load_dataset(*load)).to(device)
+    y = data.train_labels
     M, _, S, _ = data.train_images.shape
-    if args.batch_size > M:
-        raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {M} training pictures")
-    amounts = args.labels or [1.0] * args.fine_tune
-    if amounts and not data.classes:
-        raise UserError(f"--labels and --fine-tune: {args.dataset} has no classes, no folders train/<class>")
-    subsets = [common.labelled_rows(data.train_labels, amount, args.seed) for amount in amounts]
+    recipe = {"batch_size": min(args.batch_size, M // WORLD * WORLD)}
+    recipe |= LARGE_IMAGES if S > 64 and args.encoder != "small" else {}
+    vars(args).update({name: value for name, value in recipe.items() if name not in args.typed})
+    L = (S // args.patch_size) ** 2
+    if args.batch_size > M or args.batch_size % WORLD:
+        raise UserError(f"--batch-size {args.batch_size}: at most the {M} images, in equal parts for {WORLD} processes")
+    if S % args.patch_size:
+        raise UserError(f"--patch-size {args.patch_size}: must divide the images' side, {S}")
+    if not 0 < round(args.mask_ratio * L) < L:
+        raise UserError(f"--mask-ratio {args.mask_ratio}: must mask one of the {L} patches, and leave one")
+    if args.fine_tune and not data.classes:
+        raise UserError(f"--fine-tune: {args.dataset} has no labels")
     torch.manual_seed(args.seed)
-    model = build_model(args, S).to(device)
-    run = Run(args)
-    print(f"{METHOD} on {args.dataset}: {M} pictures, {S} x {S}, {len(data.train_labels)} of them with labels; "
-          f"{device}; results go to {run.folder}", flush=True)  # fmt: skip
-    if not data.classes:
-        print("there are no train/<class> folders, so the probes are skipped")
-    if device.type == "cpu" and args.encoder != "small":
-        print(f"{args.encoder} is made for a GPU; the recipe for a CPU is --encoder small")
-
-    scratch = model.encoder()
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    decoder = args.decoder_dim, args.decoder_depth, max(1, args.decoder_dim // 32)
+    model = MaskedAutoencoder(S, args.patch_size, *ENCODERS[args.encoder], *decoder).to(device)
+    encoder, initial = model.encoder, copy.deepcopy(model.encoder)
+    if args.compile:
         model.compile()
         common.compile_operators()
-    untrained, _ = evaluate(scratch, data)
-    shown = data.train_images[:8].to(device)
-    if data.classes:  # a test picture of each class
-        first = [(data.test_labels == label).nonzero()[0, 0].item() for label in data.test_labels.unique()[:10]]
-        shown = data.test_images[first].to(device)
 
-    def monitor(epoch):
-        """reconstruction.png after epochs 1, 2, 4, 8 and so on; at times the kNN of a tenth of the training pictures
-        among the rest, which recipes are chosen by."""
-        if epoch & (epoch - 1) == 0 or epoch == args.epochs:
-            save_reconstruction(run, epoch, model, shown, args)
-        if not data.classes or (epoch % args.eval_every and epoch < args.epochs):
-            return {}
-        labels, held = data.train_labels, torch.arange(len(data.train_labels), device=device) % 10 == 0
-        h = features(model.encoder(), data.train_images[: len(labels)])[:, 1]
-        return {"knn": knn_accuracy(h[~held], labels[~held], h[held], labels[held])}
+    def monitor():  # kNN on a tenth of the training labels, from the others: what recipes are chosen by
+        h, order = features(encoder, data.train_images[: len(y)]), torch.Generator().manual_seed(0)
+        held, rest = torch.randperm(len(y), generator=order).to(device).tensor_split([len(y) // 10])
+        h = h.chunk(2, dim=1)[1]  # means of the patch tokens
+        return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
-    pretrain(model, data.train_images, args, run, monitor)
-    trained, after = evaluate(model.encoder(), data)
-    few = [supervised(scratch, model.encoder(), data, after, rows, args) for rows in subsets]
-    if data.classes:
-        print_table([{"on test": name, "untrained": untrained[name], "trained": trained[name]} for name in trained])
-    if few:
-        print_table(few)
-    return run.finish(
-        start, device, model.encoder(), {"untrained": untrained, "trained": trained, "semi_supervised": few}
-    )
+    with run_folder(args) as folder:
+        print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
+        untrained = evaluate(initial, data)
+        history = pretrain(model, data.train_images, args, monitor if data.classes else dict)
+        print("measuring", flush=True)
+        trained = evaluate(encoder, data)
+        if args.fine_tune:
+            print("fine-tuning, and training from scratch", flush=True)
+            trained["fine_tuned"], classifier = fine_tune(encoder, data, args, args.layer_decay)
+            trained["from_scratch"], _ = fine_tune(initial, data, args, 1.0)
+            save(folder / "classifier.pt", classifier.state_dict())
+        seconds = [line["seconds"] for line in history]
+        summary = {
+            "method": METHOD,
+            "command": args.command,
+            "args": dataclasses.asdict(args),
+            "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "parameters": sum(p.numel() for p in encoder.parameters()),
+            "images_per_second": M // args.batch_size * args.batch_size / sorted(seconds)[len(seconds) // 2],
+            "pretrain_seconds": sum(seconds),
+            "total_seconds": time.perf_counter() - start,
+            "untrained": untrained,
+            "trained": trained,
+            "history": history,
+        }
+        save(folder / "encoder.pt", encoder.state_dict())
+        save(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        kinds = [(data.test_labels == label).nonzero()[0, 0] for label in data.test_labels.unique()[:10]]
+        rows = torch.stack(kinds) if kinds else torch.arange(min(10, len(data.test_images)))
+        images = data.test_images[rows.to(data.test_images.device)].to(device)
+        triplets = F.interpolate(reconstruct(model, images, args).flatten(0, 1), scale_factor=max(1, round(96 / S)))
+        if RANK == 0:
+            torchvision.utils.save_image(triplets, folder / "reconstruction.png", nrow=6, padding=4, pad_value=1.0)
+    for name in trained:
+        print(f"{name:24}{trained[name]:6.1%}" + (f", untrained {untrained[name]:.1%}" if name in untrained else ""))
+    print(f"{summary['total_seconds']:.0f} s in all; results are in {folder}")
+    return summary
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{METHOD}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last whole epoch", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a `| head` that has read enough
+        sys.stdout = None
+        sys.exit("stopped; --resume with the run folder goes on from the last whole epoch")

@@ -399,12 +399,10 @@ def save_sheet(path, blocks):
     sheets = []
     for title, images in blocks.items():
         zoom = max(1, round(64 / images.shape[4]))
-        tiles = F.pad(F.interpolate(images.flatten(0, 1).cpu(), scale_factor=zoom), (0, zoom, 0, zoom), value=1.0)
-        grid = (
-            tiles.unflatten(0, images.shape[:2]).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        )  # (3, height, width)
+        tiles = F.interpolate(images.flatten(0, 1).cpu(), scale_factor=zoom)
+        grid = torchvision.utils.make_grid(tiles, images.shape[1], padding=zoom, pad_value=1.0)
         sheet = to_pil_image(F.pad(grid, (8, 8, 24, 16), value=1.0))
-        ImageDraw.Draw(sheet).text((8, 6), title, fill="black", font_size=13)
+        ImageDraw.Draw(sheet).text((8 + zoom, 6), title, fill="black", font_size=13)
         sheets.append(to_tensor(sheet))
     if RANK == 0:
         torchvision.utils.save_image(torch.cat(sheets, dim=2), path)

@@ -1,7 +1,8 @@
 """What it saves that the encoder sees no mask tokens: python tests/benchmark_masking.py
 
-Training steps of mae.py on random pictures, with and without --encode-mask-tokens, which take turns: table (c) of the
-lecture. Other flags are those of mae.py, by default of its CIFAR-10 recipe for this device. Arithmetic is counted too.
+Training steps of mae.py on random images, with and without mask tokens in the encoder, which take turns: table (c) of
+the lecture. Other flags are those of mae.py, by default of its CIFAR-10 recipe for this device. Arithmetic is counted
+too.
 """
 
 import argparse
@@ -14,24 +15,31 @@ import torch
 from benchmark import take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "results")]
+from ablation import EncodesMaskTokens  # noqa: E402
+
 import common  # noqa: E402
 import mae  # noqa: E402
 
 
-def trainer(args, images, device):
+def build(kind, args, S):
+    sizes = args.decoder_dim, args.decoder_depth, max(1, args.decoder_dim // 32)
+    return kind(S, args.patch_size, *mae.ENCODERS[args.encoder], *sizes)
+
+
+def trainer(kind, args, images, device):
     """A function that does one training step on images -> their number."""
     torch.manual_seed(0)
     N, S = len(images), images.shape[3]
-    model = mae.build_model(args, S).to(device).train()
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    model = build(kind, args, S).to(device).train()
+    if args.compile:
         model.compile()
-    optimizer, _ = mae.layerwise_adamw(model, args.lr * N / 256, 1, args, betas=(0.9, 0.95))
+    optimizer, _ = mae.make_optimizer(model, args.lr * N / 256, (0.9, 0.95), args, 1)
     generator = torch.Generator(device).manual_seed(0)
 
     def step():
-        x = mae.network_input(mae.augmented(images, args, generator))
-        noise = mae.mask_noise(args.mask_sampling, N, S // args.patch_size, args.mask_ratio, generator)
+        x = common.normalize(mae.augmented(images, args, generator))
+        noise = common.uniform(0, 1, (N, (S // args.patch_size) ** 2), generator)
         with mae.autocast(device):
             prediction, mask = model(x, args.mask_ratio, noise)
         targets = mae.patch_targets(x, args.patch_size, args.target)
@@ -44,12 +52,12 @@ def trainer(args, images, device):
     return step
 
 
-def arithmetic(args, image):
-    """Floating-point operations of a training step on one picture; attention spelled out, so that it is counted."""
-    model, S = mae.build_model(args, image.shape[3]), image.shape[3]
+def arithmetic(kind, args, image):
+    """Floating-point operations of a training step on one image; attention spelled out, so that it is counted."""
+    model, S = build(kind, args, image.shape[3]), image.shape[3]
     noise = torch.rand(1, (S // args.patch_size) ** 2)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        prediction, _ = model(mae.network_input(image / 255), args.mask_ratio, noise)
+        prediction, _ = model(common.normalize(image / 255), args.mask_ratio, noise)
         prediction.sum().backward()
     return counter.get_total_flops()
 
@@ -59,15 +67,14 @@ if __name__ == "__main__":
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     ours, flags = parser.parse_known_args()
     flags = ["--dataset", "cifar10", *([] if torch.cuda.is_available() else ["--encoder", "small"]), *flags]
-    cases = {"visible patches alone": "--no-encode-mask-tokens", "mask tokens too": "--encode-mask-tokens"}
-    cases = {name: mae.parse_args([*flags, flag]) for name, flag in cases.items()}
-    args = cases["mask tokens too"]
+    cases = {"visible patches alone": mae.MaskedAutoencoder, "mask tokens too": EncodesMaskTokens}
+    args = mae.parse_args(flags)
     device = mae.pick_device(args.device)
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    if args.compile:
         common.compile_operators()
     images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    rates = take_turns({name: trainer(a, images, device) for name, a in cases.items()}, device, rounds=40)
-    flops = {name: arithmetic(a, images[:1].cpu()) for name, a in cases.items()}
+    rates = take_turns({name: trainer(kind, args, images, device) for name, kind in cases.items()}, device, rounds=40)
+    flops = {name: arithmetic(kind, args, images[:1].cpu()) for name, kind in cases.items()}
     (fast, slow), (few, many) = rates.values(), flops.values()
     print(f"{args.encoder}, batch {args.batch_size}, {args.mask_ratio:.0%} masked, {device}, torch {torch.__version__}")
     for name in cases:

@@ -53,7 +53,7 @@ def two_processes(tiny_shapes, tmp_path_factory):
     folder, commands = tmp_path_factory.mktemp("processes"), {}
     own = {"simclr": [], "moco": ["--queue-size", "64", "--bn-groups", "2"], "rotnet": ["--classifier-epochs", "1"]}
     own["clip"] = ["--dataset", "shapes"]  # of which processes.py takes a few
-    own["dino"] = []
+    own |= {"dino": [], "mae": []}
     for name, flags in own.items():
         run = str(folder / name)
         words = ["--dataset", str(tiny_shapes), *SMALL, "--batch-size", "32", *flags, "--out", run]

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip  # noqa: E402
 import common  # noqa: E402
 import dino  # noqa: E402
+import mae  # noqa: E402
 import moco  # noqa: E402
 import rotnet  # noqa: E402
 import simclr  # noqa: E402
@@ -127,6 +128,27 @@ def dino_gradients():
     compare("dino-gradient", parameters_after_a_step(alone.student, whole), parameters_after_a_step(student, part))
 
 
+def mae_gradients():
+    torch.manual_seed(0)
+    model = mae.MaskedAutoencoder(16, 4, 32, 2, 2, 32, 1, 1).double()
+    alone, network = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    noise = torch.rand(6, 16, generator=torch.Generator().manual_seed(2))
+
+    def loss(network, rows):
+        prediction, mask = network(images[rows], 0.75, noise[rows])
+        return mae.reconstruction_loss(prediction, mae.patch_targets(images[rows], 4, "norm-pixel"), mask)
+
+    whole, part = loss(alone, torch.arange(6)), loss(network, torch.arange(6)[RANK::WORLD])
+    compare("mae-gradient", *(gradients(model, value) for model, value in ((alone, whole), (network, part))))
+
+
+def gradients(network, loss):
+    """Of all parameters that are trained, as one vector."""
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
+
+
 def train(script, words):
     """main -> its model, but for what differs between processes: batch norm's running statistics."""
     models, pretrain = [], script.pretrain
@@ -143,12 +165,13 @@ if __name__ == "__main__":
     rotnet_gradients()
     clip_gradients()
     dino_gradients()
+    mae_gradients()
     data, few = common.shapes_dataset(), {}
     for split, count in (("train", 120), ("test", 40)):
         for part in ("images", "labels", "captions", "colors"):
             few[f"{split}_{part}"] = getattr(data, f"{split}_{part}")[:count]
     common.shapes_dataset = lambda: dataclasses.replace(data, **few)
-    scripts = {"simclr": simclr, "moco": moco, "rotnet": rotnet, "clip": clip, "dino": dino}
+    scripts = {"simclr": simclr, "moco": moco, "rotnet": rotnet, "clip": clip, "dino": dino, "mae": mae}
     for name, commands in json.loads((FOLDER / "commands.json").read_text()).items():
         states = [train(scripts[name], words) for words in commands]
         torch.save(states[-1], FOLDER / f"{name}-{RANK}.pt")

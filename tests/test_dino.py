@@ -241,7 +241,7 @@ def test_attention_is_that_of_the_last_block():
 
 def test_positions_are_interpolated_for_other_sizes():
     encoder = tiny_vit()
-    assert encoder.positions(17) is encoder.pos_embed
+    assert torch.equal(encoder.positions(17), encoder.pos_embed)
     assert encoder.tokens(torch.rand(2, 3, 8, 8)).shape == (2, 5, 32)
     assert encoder.tokens(torch.rand(2, 3, 32, 32)).shape == (2, 65, 32)
     ramp = torch.arange(4.0).expand(4, 4)  # grows from column to column
@@ -291,10 +291,11 @@ def test_figures_of_constant_images_and_of_a_collapsed_encoder(tmp_path):
     encoder = tiny_vit()
     for p in encoder.parameters():
         p.data.zero_()
-    dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), {"zero": encoder, "tiny": tiny_vit()})
-    attention, pca = (pixels(tmp_path / f"{name}.png") for name in ("attention", "pca"))
-    assert attention.shape == (3, 24 + 2 * 129 + 16, 5 * 129 + 3 * 16) and pca.shape[2] == 9 * 129 + 3 * 16
-    assert attention[:, 24:152, 153:281].max() == 0 < attention[:, 24:152, 427:555].max()  # flat, and not: no NaN
+    dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), encoder, "-zero")
+    dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), tiny_vit())
+    flat, attention, pca = (pixels(tmp_path / f"{name}.png") for name in ("attention-zero", "attention", "pca"))
+    assert flat.shape == attention.shape == (3, 2 * 132 + 4, 3 * 132 + 4) and pca.shape == (3, 2 * 132 + 4, 6 * 132 + 4)
+    assert flat[:, 4:132, 136:264].max() == 0 < attention[:, 4:132, 136:264].max()  # an image and two heads: no NaN
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
@@ -338,7 +339,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tm
 def test_files_of_a_run(unbroken):
     run, summary = unbroken
     names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", ".lock"}
-    assert {path.name for path in run.iterdir()} == names | {"views.png", "attention.png", "pca.png"}
+    figures = {"views.png", "attention.png", "attention-untrained.png", "pca.png", "pca-untrained.png"}
+    assert {path.name for path in run.iterdir()} == names | figures
     accuracies = {"knn", "knn_20", "linear_probe", "knn_with_mean", "linear_probe_with_mean"}
     assert set(summary["trained"]) == set(summary["untrained"]) == accuracies and summary["method"] == "dino"
     for line in summary["history"]:
@@ -354,9 +356,8 @@ def test_an_image_of_ones_own_is_shown(unbroken, tmp_path):
     run, before = unbroken[0], (unbroken[0] / "args.json").read_text()
     torchvision.utils.save_image(torch.rand(3, 50, 70), tmp_path / "own.png")
     dino.main(dino.parse_args(["--resume", str(run), "--show", str(tmp_path / "own.png")]))
-    assert {path.name for path in (run / "show").iterdir()} == {"attention.png", "pca.png"}
-    width = pixels(run / "show/attention.png").shape[2]
-    assert 4 * 128 < width < 5 * 128 and (run / "args.json").read_text() == before  # the image, and three heads
+    assert pixels(run / "attention-show.png").shape == (3, 136, 4 * 132 + 4)  # the image, and three heads
+    assert pixels(run / "pca-show.png").shape == (3, 136, 2 * 132 + 4) and (run / "args.json").read_text() == before
     (tmp_path / "none.png").write_text("no image")
     with pytest.raises(common.UserError, match="none.png"):
         dino.main(dino.parse_args(["--resume", str(run), "--show", str(tmp_path / "none.png")]))
@@ -468,6 +469,6 @@ def test_two_processes_do_what_one_does(two_processes):
     models = [torch.load(folder / f"dino-{rank}.pt", weights_only=True) for rank in range(2)]
     assert models[0].keys() == models[1].keys() >= {"center", "teacher.last_layer.weight"}
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    out = printed[0][printed[0].index("dino on") :]
+    out = printed[0][printed[0].index("dino on") : printed[0].index("mae on")]
     assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
     assert printed[1] == "" and (folder / "dino/summary.json").exists()

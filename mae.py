@@ -18,7 +18,7 @@ whole images. The encoder is made to be fine-tuned: its features are strong, but
     python results/ablation.py mae-mask-token           a column of the lecture's ablation table
     torchrun --nproc-per-node 8 mae.py --dataset path/to/images          your own images, on 8 GPUs
 
-RESULT
+Linear probe on test, untrained -> trained encoder, on shapes with seed 0 (record in results/): see there.
 Left out of the paper: the PCA and dVAE targets of table 1 (d); mixup, cutmix, RandAugment and drop path in fine-tuning.
 """
 

@@ -294,7 +294,7 @@ def test_figures_of_constant_images_and_of_a_collapsed_encoder(tmp_path):
     dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), encoder, "-zero")
     dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), tiny_vit())
     flat, attention, pca = (pixels(tmp_path / f"{name}.png") for name in ("attention-zero", "attention", "pca"))
-    assert flat.shape == attention.shape == (3, 2 * 132 + 4, 3 * 132 + 4) and pca.shape == (3, 2 * 132 + 4, 6 * 132 + 4)
+    assert flat.shape == attention.shape == (3, 136, 6 * 132 + 4) and pca.shape == (3, 2 * 132 + 4, 6 * 132 + 4)
     assert flat[:, 4:132, 136:264].max() == 0 < attention[:, 4:132, 136:264].max()  # an image and two heads: no NaN
 
 

@@ -538,7 +538,7 @@ def save_grid(path, rows):
 SMALL = dict(image_size=32, patch_size=8, out_dim=256, teacher_temperature=0.04, teacher_temperature_start=0.02,
              momentum=0.98, local_views=0, gray=0.5, solarize=0.5, epochs=8, batch_size=64, lr=6e-3, warmup=0.05,
              eval_every=2)  # with --encoder small  # fmt: skip
-SHAPES = SMALL | dict(encoder="small", crop=0.8, epochs=14, eval_every=7)  # large crops show whole outlines
+SHAPES = SMALL | dict(encoder="small", crop=0.9, epochs=14, eval_every=7)  # large crops show whole outlines
 LARGE_IMAGES = dict(encoder="vit_small", patch_size=8, out_dim=65536, local_views=8, local_crop=0.05)
 
 

@@ -518,7 +518,7 @@ def load_checkpoint(args, state, images):
 
 SMALL = dict(image_size=32, decoder_depth=2, decoder_dim=64, target="pixel", epochs=5, batch_size=64, lr=6e-3,
              fine_tune_epochs=4, fine_tune_lr=4e-3, eval_every=5)  # with --encoder small  # fmt: skip
-SHAPES = SMALL | dict(encoder="small", epochs=11, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3, eval_every=11)
+SHAPES = SMALL | dict(encoder="small", epochs=14, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3, eval_every=14)
 LARGE_IMAGES = dict(encoder="vit_small", patch_size=8, decoder_dim=256)
 
 

@@ -428,7 +428,7 @@ def test_plain_images_are_pretrained_on(tmp_path):
             ["--patch-size", "6", "--encoder", "small"],
             "--patch-size 6: must divide the side, 32, and be a power of 2",
         ),
-        (["--local-views", "2", "--local-crop", "0.9"], "--local-crop 0.9: must not be above --crop 0.8"),
+        (["--local-views", "2", "--local-crop", "0.95"], "--local-crop 0.95: must not be above --crop 0.9"),
         (["--teacher-temperature", "0"], "--teacher-temperature 0.0: must be from 0.001 to inf"),
         (["--momentum", "1.1"], "--momentum 1.1: must be from 0 to 1"),
         (["--encoder", "resnet18"], "--encoder: invalid choice: 'resnet18'"),

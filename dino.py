@@ -22,7 +22,7 @@ teacher's encoder, an average of many students and better than any of them; head
     python dino.py --resume RUN --show IMAGE             attention and parts of an image of your own
     torchrun --nproc-per-node 8 dino.py --dataset path/to/images         your own images, on 8 GPUs
 
-Linear probe on test, of class token with mean, on shapes with seed 0 (record in results/).
+Linear probe of class token with mean on test, shapes, seed 0 (record in results/): 37.5 -> 70.9 %.
 """
 
 import argparse

@@ -18,7 +18,7 @@ whole images. The encoder is made to be fine-tuned: its features are strong, but
     python results/ablation.py mae-mask-token           a column of the lecture's ablation table
     torchrun --nproc-per-node 8 mae.py --dataset path/to/images          your own images, on 8 GPUs
 
-Linear probe on test, untrained -> trained encoder, on shapes with seed 0 (record in results/): see there.
+Linear probe on test, untrained -> trained encoder, on shapes with seed 0 (record in results/): 17.8 -> 52.2 %.
 Left out of the paper: the PCA and dVAE targets of table 1 (d); mixup, cutmix, RandAugment and drop path in fine-tuning.
 """
 
@@ -73,7 +73,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     epochs: int = flag(250, "passes over the training images; paper: 800, 1600", 1)
     batch_size: int = flag(1024, "images N per step, over all GPUs; paper: 4096", 2)
     lr: float = flag(3e-4, "peak learning rate of AdamW for a batch of 256; grows with --batch-size; paper: 1.5e-4", 0)
-    weight_decay: float = flag(0.05, "not applied to biases and norms; paper: 0.05", 0)
+    weight_decay: float = flag(0.05, "not applied to tokens, biases and norms; paper: 0.05", 0)
     warmup: float = flag(0.05, "fraction of the steps with linear warmup; paper: 40 epochs of 800", 0, 0.9)
     fine_tune: bool = flag(False, "fine-tune with all labels, and train the same network from scratch", action=SWITCH)
     fine_tune_epochs: int = flag(100, "passes over the labels in both; paper: 100 for ViT-B, 50 for ViT-L", 1)

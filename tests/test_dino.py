@@ -226,6 +226,17 @@ def test_features_are_those_of_timm():
     assert torch.allclose(encoder(images), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-5)
 
 
+def test_tokens_are_patches_with_positions_and_the_class_token_is_first():
+    encoder, images = tiny_vit(), torch.rand(2, 3, 16, 16, generator=generator())
+    patches = torch.nn.functional.unfold(images, 4, stride=4).mT  # (2, 16, 3 * 4 * 4)
+    tokens = patches @ encoder.patch_embed["proj"].weight.flatten(1).T + encoder.patch_embed["proj"].bias
+    x = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], 1) + encoder.pos_embed
+    first, last = encoder.blocks
+    assert torch.allclose(encoder.last_input(images), first(x), atol=1e-5)
+    y = encoder.norm(last(first(x)))
+    assert torch.allclose(encoder(images), torch.cat([y[:, 0], y[:, 1:].mean(1)], 1), atol=1e-5)
+
+
 def test_attention_is_that_of_the_last_block():
     encoder, images = tiny_vit(), torch.rand(3, 3, 16, 16)
     maps = encoder.attention(images)

@@ -111,6 +111,8 @@ def test_mask_tokens_take_the_places_of_removed_patches():
     """Without blocks and positions, a decoder predicts each patch from its own token alone."""
     model, noise = small_model(), torch.rand(2, 16, generator=generator())
     model.decoder_blocks = torch.nn.ModuleList()
+    prediction, mask = model(torch.rand(2, 3, 16, 16), 0.75, noise)
+    assert len(prediction[0][mask[0] == 1].unique(dim=0)) == 12  # by their positions
     model.decoder_pos_embed.data.zero_()
     prediction, mask = model(torch.rand(2, 3, 16, 16), 0.75, noise)
     assert (prediction[mask == 1] == prediction[mask == 1][0]).all()
@@ -192,6 +194,16 @@ def test_positions_are_sines_and_cosines_of_column_and_row():
                 angles = [place / 10000 ** (i / (D / 4)) for i in range(D // 4)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             assert torch.allclose(positions[0, 1 + row * side + column], torch.tensor(expected), atol=1e-6)
+
+
+def test_tokens_are_patches_with_positions_and_the_class_token_is_first():
+    encoder, images = small_model().encoder, torch.rand(2, 3, 16, 16, generator=generator())
+    weight = encoder.patch_embed["proj"].weight.permute(0, 2, 3, 1).flatten(1)  # (32, 4 * 4 * 3)
+    tokens = mae.patchify(images, 4) @ weight.T + encoder.patch_embed["proj"].bias + encoder.pos_embed[:, 1:]
+    assert torch.allclose(encoder.embed(images), tokens, atol=1e-5)
+    encoder.blocks = torch.nn.ModuleList()
+    x = encoder.norm(torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], 1))  # whose position is 0
+    assert torch.allclose(encoder(images), torch.cat([x[:, 0], x[:, 1:].mean(1)], 1), atol=1e-5)
 
 
 def test_the_encoder_takes_images_of_other_sizes():
@@ -310,6 +322,7 @@ def test_fine_tuned_against_trained_from_scratch(tiny_shapes, tmp_path, monkeypa
         assert layer_decay == decay and all(torch.equal(value, expected[name]) for name, value in weights.items())
     classifier = mae.Classifier(mae.VisionTransformer(32, 8, *mae.ENCODERS["small"]), 10)
     classifier.load_state_dict(torch.load(tmp_path / "run/classifier.pt", weights_only=True))
+    assert not any(name.startswith("encoder.norm") for name in classifier.state_dict())  # it comes after the mean
     positions = classifier.encoder.pos_embed
     assert not torch.equal(positions, trained["pos_embed"])  # they are trained, too
 

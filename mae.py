@@ -64,7 +64,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     data_dir: str = flag("data", "folder for downloads and decoded images")
     image_size: int = flag(96, "side in pixels to which the images of a folder, and larger ones, are resized", 8, 512)
     encoder: str = flag("vit_tiny", "paper: vit_base, vit_large", choices=tuple(ENCODERS))
-    patch_size: int = flag(4, "side of a patch in pixels; paper: 16, of 224", 1, 64)
+    patch_size: int = flag(4, "side of a patch in pixels; 2 would leave little in it to predict; paper: 16", 1, 64)
     mask_ratio: float = flag(0.75, "fraction of the patches that are masked; paper: 0.75", 0.01, 0.99)
     decoder_depth: int = flag(4, "blocks of the decoder; paper: 8", 1, 32)
     decoder_dim: int = flag(192, "of the decoder, a head for 32 of it; paper: 512", type=int, choices=DECODER_DIMS)

@@ -204,7 +204,7 @@ def pretrain(model, images, args, monitor):
             with autocast(device):
                 s, t = student(*views), model.teacher(views[0])  # (V N, K), (2N, K): global views alone
             s, t = s.float().unflatten(0, (-1, N)), t.float().unflatten(0, (2, N))  # (V, N, K), (2, N, K)
-            loss = dino_loss(s, t, model.center, 0.1, tau_t)
+            loss = dino_loss(s, t, model.center, 0.1, tau_t)  # tau_s = 0.1, as in the paper
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -219,7 +219,7 @@ def pretrain(model, images, args, monitor):
             losses[step] = loss.detach()  # reading it here would make the host wait for the GPU
             entropies.append(target_entropies(t, model.center, tau_t))
             if args.centering:
-                model.center = update_center(model.center, t, 0.9)
+                model.center = update_center(model.center, t, 0.9)  # paper: 0.9
             show_progress(args, epoch, step, steps, start)
         metrics = {"loss": losses.mean().item(), "seconds": time.perf_counter() - start}
         metrics["entropy"], metrics["entropy_of_mean"] = torch.stack(entropies).mean(0).tolist()
@@ -603,9 +603,9 @@ def main(args):
         common.compile_operators()
 
     def monitor():  # kNN on a tenth of the training labels, from the others: what recipes are chosen by
-        h, _ = features(encoder, data.train_images[: len(y)]).chunk(2, dim=1)  # class tokens
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(device)
-        held, rest = order.tensor_split([len(y) // 10])
+        h, order = features(encoder, data.train_images[: len(y)]), torch.Generator().manual_seed(0)
+        held, rest = torch.randperm(len(y), generator=order).to(device).tensor_split([len(y) // 10])
+        h = h.chunk(2, dim=1)[0]  # class tokens
         return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
     with run_folder(args) as folder:

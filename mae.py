@@ -51,7 +51,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # width D, blocks and heads
 ENCODERS = {"small": (96, 4, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12),
             "vit_large": (1024, 24, 16)}  # fmt: skip
-DECODER_DIMS = 12, 24, 48, 64, 72, 96, 128, 192, 256, 512
+DECODER_DIMS = 12, 24, 48, 64, 72, 96, 128, 192, 256, 512  # multiples of 4, for the positions, and of their heads
 
 
 def flag(default, help, low=None, high=math.inf, **options):  # a field of Args; low to high is a number's range
@@ -251,7 +251,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def positions(self, T):
-        """Embeddings (1, T, D) of class token and patches, interpolated for local views and images of other sizes."""
+        """Embeddings (1, T, D) of class token and patches, interpolated for images of other sizes."""
         old, new = math.isqrt(self.pos_embed.shape[1]), math.isqrt(T)  # patches a side
         grid = self.pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
         grid = F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
@@ -363,7 +363,7 @@ def fine_tune(encoder, data, args, layer_decay):
     """MAE's own measure: trains a Classifier with all labels -> accuracy on test, and the Classifier. From an untrained
     encoder, with layer_decay 1, it is training from scratch by the same recipe; the paper's opponent has a longer one.
     Crops are those of pretraining, labels are smoothed by 0.1."""
-    y, device, N = data.train_labels, data.train_labels.device, min(args.batch_size, 256)
+    y, device, N = data.train_labels, data.train_labels.device, min(args.batch_size, 256, len(data.train_labels))
     torch.manual_seed(args.seed)
     model, lr, steps = Classifier(encoder, len(data.classes)).to(device), args.fine_tune_lr * N / 256, len(y) // N
     if args.compile:

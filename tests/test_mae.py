@@ -343,6 +343,15 @@ def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was():
     assert not encoder.pos_embed.requires_grad
 
 
+def test_fewer_labels_than_a_batch_are_learned_from():
+    images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
+    data = common.Dataset(images, labels, images, labels, ["a", "b"])
+    args = mae.parse_args(["--patch-size", "8", "--fine-tune-epochs", "2"])
+    encoder = mae.VisionTransformer(32, 8, *mae.ENCODERS["small"])
+    _, classifier = mae.fine_tune(encoder, data, args, 1.0)
+    assert not torch.equal(classifier.encoder.cls_token, encoder.cls_token)
+
+
 @pytest.mark.parametrize("target", ["pixel", "norm-pixel"])
 def test_a_reconstruction_shows_the_visible_patches_and_the_models_own_others(target):
     images = common.load_dataset("shapes").train_images[:4]

@@ -390,7 +390,7 @@ def ask(args):
     data, size = common.load_dataset(args.dataset, args.data_dir, trained.image_size), [trained.image_size] * 2
     captions = data.test_captions or [[f"test image {i}"] for i in range(len(data.test_images))]
     if args.caption:
-        images = torch.tensor(common.decode_picture(Path(args.caption), size[0])).permute(2, 0, 1)[None]
+        images = torch.tensor(common.decode_image(Path(args.caption), size[0])).permute(2, 0, 1)[None]
         texts = answers = list(dict.fromkeys(text for own in captions for text in own))
     else:
         images = torchvision.transforms.functional.resize(data.test_images, size)
@@ -632,8 +632,7 @@ def main(args):
     best = copy.deepcopy(model)  # now the untrained model, after pretraining that of the best epoch
     if args.compile:
         model.compile()
-        common.compile_operators()
-    with run_folder(args) as folder:
+    with common.compile_operators(args.compile), run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(tokenizer.words)} different words, which "
               f"{unknown:.1%} of the words in test captions are not among; {device}; {folder}", flush=True)  # fmt: skip
         untrained = evaluate(best, tokenizer, data)

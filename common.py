@@ -1,19 +1,17 @@
-"""Data sets and batched augmentations for the self-supervised scripts beside this file, and nothing else.
+"""Datasets and batched augmentations for the self-supervised scripts beside this file, and nothing else.
 
-Pictures lie as one uint8 tensor on the training device; augmentations work there on whole batches of float
+Images lie as one uint8 tensor on the training device; augmentations work there on whole batches of float
 images in [0, 1], with one parameter per image, drawn from an explicit torch.Generator.
 """
 
+import contextlib
 import csv
 import hashlib
-import io
 import math
 import os
 import re
 import tempfile
-import zipfile
-import zlib
-from collections import deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 
 
@@ -29,16 +28,16 @@ class UserError(Exception):
     """An input that the person can mend: the message names the flag or the file and what to do."""
 
 
-# === Data sets ======================================================================================================
+# === Datasets =======================================================================================================
 
 
 @dataclass
 class Dataset:
     """Images uint8 (N, 3, S, S) in channels_last order, labels int64, the class names, and captions if any.
 
-    train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels. A folder
-    of plain images has no labels and no classes; a tenth of it is held out as test images. Captions are a list for each
-    image. A captioned folder has validation images, and shapes have colours: the numbers in COLORS.
+    train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels. Without
+    classes there are none, and test_labels are row numbers. Captions are a list for each image. A captioned folder has
+    validation images, and shapes have colors: the numbers in COLORS. note: how a folder or file was understood.
     """
 
     train_images: torch.Tensor
@@ -52,12 +51,16 @@ class Dataset:
     val_captions: list[list[str]] | None = None
     train_colors: torch.Tensor | None = None
     test_colors: torch.Tensor | None = None
+    note: str = ""
 
     def to(self, device):
-        """The same on the device; images that would fill more than half of a GPU's free memory stay where they are."""
-        parts = dict(vars(self))
-        size = sum(v.nbytes for v in parts.values() if torch.is_tensor(v))
-        stay = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2
+        """The same on the device; images that would fill more than half of its free memory stay where they are."""
+        parts, free = dict(vars(self)), math.inf
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        elif device.type == "mps":
+            free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        stay = sum(v.nbytes for v in parts.values() if torch.is_tensor(v)) > free / 2
         for name, value in parts.items():
             if torch.is_tensor(value) and not (stay and name.endswith("images")):
                 parts[name] = value.to(device)
@@ -67,19 +70,13 @@ class Dataset:
 def batches(images, order, size, device):
     """Rows `order` (n,) of images (M, 3, S, S), whole batches of them: yields (size, 3, S, S) on the device.
 
-    Images that did not fit there are gathered by a thread, ahead of time, and copied from pinned memory.
+    Images that did not fit there are gathered while it computes, and copied from memory that its GPU can reach itself.
     """
-    indices = order[: len(order) // size * size].to(images.device).split(size)
-    if images.device == device:
-        yield from (images[index] for index in indices)
-        return
-    ahead = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for index in indices:
-            ahead.append(pool.submit(lambda i: images[i].pin_memory().to(device, non_blocking=True), index))
-            if len(ahead) == 4:
-                yield ahead.popleft().result()
-        yield from (batch.result() for batch in ahead)
+    for index in order[: len(order) // size * size].to(images.device).split(size):
+        batch = images[index]
+        if images.device != device and device.type == "cuda":
+            batch = batch.pin_memory()
+        yield batch.to(device, non_blocking=True)
 
 
 def fingerprint(images):
@@ -100,24 +97,25 @@ def labelled_rows(labels, amount, seed):
     if not number > 0 or (number > 1 and number % 1):
         raise UserError(f"--labels {amount}: must be a fraction up to 1.0, or a whole number of labels per class")
     if len(labels) == 0:
-        raise UserError(f"--labels {amount}: the data set has no labels")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    place = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order, None])[:, 0]  # 1 for the first of its class
+        raise UserError(f"--labels {amount}: the dataset has no labels")
     counts = labels.bincount()
     fewest = int(counts[counts > 0].min())
     if number > max(1, fewest):
         raise UserError(f"--labels {number:g}: the smallest class has only {fewest} training images")
-    share = isinstance(number, float) and number <= 1
-    wanted = (counts * number).round().clamp(min=1) if share else torch.full_like(counts, round(number))
-    return order[place <= wanted[labels[order]]]
+    fraction = isinstance(number, float) and number <= 1
+    wanted = (counts * number).round().clamp(min=1) if fraction else torch.full_like(counts, round(number))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    by_class = labels[order].argsort(stable=True).split(counts.tolist())
+    rows = torch.cat([part[:n] for part, n in zip(by_class, wanted.int().tolist(), strict=True)])
+    return order[rows.sort().values]
 
 
 def load_dataset(name, data_dir="data", image_size=96):
-    """`shapes`, `cifar10`, `cifar100`, `stl10`, or a path: of an .npz file, or of a folder of pictures -> Dataset.
+    """`shapes`, `cifar10`, `cifar100`, `stl10`, or a path: of an .npz file, or of a folder of images -> Dataset.
 
     The second to fourth are downloaded once by torchvision and kept as <data_dir>/<name>.npz, which is all that later
-    calls read. Pictures of a folder become image_size pixels square, larger ones in an .npz file shrink to that.
-    Raises UserError, in one line, for a data set that is unknown, unreachable, broken or badly laid out.
+    calls read. Images of a folder become image_size pixels square, larger ones in an .npz file shrink to that. Prints
+    how a path was understood. Raises UserError, in one line, for a dataset that is unknown, unreachable or broken.
     """
     if name == "shapes":
         return shapes_dataset()
@@ -127,84 +125,91 @@ def load_dataset(name, data_dir="data", image_size=96):
             download(name, path)
         return npz_dataset(path, image_size)
     if Path(name).suffix == ".npz":
-        return npz_dataset(Path(name), image_size)
-    if Path(name).is_dir():
-        return folder_dataset(Path(name), Path(data_dir), image_size)
-    raise UserError(f"--dataset {name}: is not shapes, cifar10, cifar100, stl10, an .npz file or a folder of pictures")
+        data = npz_dataset(Path(name), image_size)
+    elif Path(name).is_dir():
+        data = folder_dataset(Path(name), Path(data_dir), image_size)
+    else:
+        raise UserError(
+            f"--dataset {name}: is not shapes, cifar10, cifar100, stl10, an .npz file or a folder of images"
+        )
+    print(f"{name}: {len(data.train_images)} training, {len(data.test_images)} test images, {data.note}", flush=True)
+    return data
 
 
 def npz_dataset(path, image_size):
-    """{train,test}_images, uint8 (N, S, S) or (N, S, S, 3), and {train,test}_labels, integers (N,) or (N, 1).
+    """{train,test}_images, uint8 (N, S, S), (N, S, S, 1) or (N, S, S, 3), and {train,test}_labels, integers (N,) or
+    (N, 1), which are numbered anew if they do not run from 0 to K - 1.
 
-    There may be fewer train_labels than train_images: the last images are then unlabelled. `classes`, their names,
-    may be there too. With train_images alone there are no classes.
+    There may be fewer train_labels than train_images: the last images are then unlabelled. `classes`, the names, may
+    be there too. With train_images alone there are no classes.
     """
-    arrays, keys = {}, ["train_images", "train_labels", "test_images", "test_labels"]
+    keys = ["train_images", "train_labels", "test_images", "test_labels"]
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            for key in keys if any(key in file for key in keys[1:]) else keys[:1]:
-                if key not in file:
-                    raise UserError(f"{path}: has no array {key}; its arrays are {', '.join(file) or 'none'}")
-                arrays[key] = file[key]
-            names = file["classes"].tolist() if "classes" in file else []
+            arrays, found = {key: file[key] for key in keys if key in file}, ", ".join(file) or "none"
+            names = file["classes"].astype(str).ravel().tolist() if "classes" in file else []
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy, zipfile and zlib fail in many ways
         raise UserError(f"{path}: not a readable .npz file ({error})") from None
 
     tensors = []
-    for split in ("train", "test"):
-        images = arrays[f"{split}_images"]
-        if images.ndim == 3:  # grey: one channel stands for all three
-            images = np.repeat(images[..., None], 3, axis=3)
-        N, H, W, C = images.shape if images.ndim == 4 else (0, 0, 0, 0)
-        if images.dtype != np.uint8 or N == 0 or H != W or C != 3:
-            shape = arrays[f"{split}_images"].shape
-            raise UserError(f"{path}: {split}_images is {images.dtype} {shape}, not uint8 (N, S, S) or (N, S, S, 3)")
-        images = shrink(torch.from_numpy(images).permute(0, 3, 1, 2), image_size)  # (N, 3, S, S)
-        if len(arrays) == 1:
-            return unlabelled(images[torch.randperm(N, generator=torch.Generator().manual_seed(0))])
-        labels = arrays[f"{split}_labels"]
-        L = len(labels) if labels.ndim and split == "train" else N
-        if labels.dtype.kind not in "iu" or labels.shape not in ((L,), (L, 1)) or not 0 < L <= N or labels.min() < 0:
-            raise UserError(f"{path}: {split}_labels is {labels.dtype} {labels.shape}, not {N} class numbers from 0 on")
-        tensors += [images, torch.from_numpy(labels.reshape(L).astype(np.int64))]
-    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+    for key in keys if any(key in arrays for key in keys[1:]) else keys[:1]:
+        if key not in arrays:
+            raise UserError(f"{path}: has no array {key}; its arrays are {found}")
+        x = arrays[key]
+        array = f"{path}: {key} is {x.dtype} {x.shape}"
+        if key.endswith("images"):
+            x = x[..., None] if x.ndim == 3 else x
+            N, H, W, C = x.shape if x.ndim == 4 else (0, 0, 0, 0)
+            if x.dtype != np.uint8 or N == 0 or H != W or C not in (1, 3):
+                raise UserError(f"{array}, not uint8 (N, S, S) or (N, S, S, 3)")
+            x = np.repeat(x, 3, axis=3) if C == 1 else x  # one channel of gray stands for all three
+            x = torch.from_numpy(x).permute(0, 3, 1, 2)  # (N, 3, S, S)
+            tensors.append(TF.resize(x, [image_size, image_size], antialias=True) if H > image_size else x)
+        else:
+            L = len(x) if x.ndim and key == "train_labels" else N
+            if (
+                x.dtype.kind not in "iu"
+                or x.shape not in ((L,), (L, 1))
+                or not 0 < L <= N
+                or x.astype(np.int64).min() < 0
+            ):
+                raise UserError(f"{array}, not {N} class numbers from 0 on")
+            tensors.append(torch.from_numpy(x.reshape(L).astype(np.int64)))
+    if len(tensors) == 1:  # in random order, since that of an array may be by class
+        train, test = hold_out(tensors[0][torch.randperm(N, generator=torch.Generator().manual_seed(0))])
+        return Dataset(train, torch.empty(0, dtype=torch.int64), test, torch.arange(len(test)), [], note="no classes")
+    train_images, train_labels, test_images, test_labels = tensors
+    if train_images.shape[1:] != test_images.shape[1:]:
         raise UserError(f"{path}: train_images and test_images differ in size")
-    count = max(int(tensors[1].max()), int(tensors[3].max())) + 1
-    return Dataset(*tensors, names if len(names) >= count else [str(label) for label in range(count)])
+    numbers, labels = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
+    train_labels, test_labels = labels.tensor_split([len(train_labels)])
+    classes = [names[n] if len(names) > numbers[-1] else str(n) for n in numbers.tolist()]
+    anew = f", labels {numbers[0]} to {numbers[-1]} numbered anew" if numbers[-1] >= len(classes) else ""
+    return Dataset(train_images, train_labels, test_images, test_labels, classes, note=f"{len(classes)} classes{anew}")
 
 
-def unlabelled(images):
-    """Images (N, 3, S, S) in random order, without classes -> Dataset. A tenth of them, at most 1,000, is held out as
-    test images, to measure and to look at; in place of labels these are numbered."""
+def hold_out(images):
+    """Images without classes, in random order -> those to learn from, and a tenth, at most 1,000, to measure on."""
     held = min(math.ceil(len(images) / 10), 1000)
-    return Dataset(images[held:], torch.empty(0, dtype=torch.int64), images[:held], torch.arange(held), [])
-
-
-def shrink(images, size):
-    """uint8 (N, 3, S, S) with S above `size` -> (N, 3, size, size), antialiased; others as they are."""
-    if images.shape[3] <= size:
-        return images
-    parts = [F.interpolate(x.float(), size, mode="bilinear", antialias=True).round().byte() for x in images.split(1000)]
-    return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+    return images[held:], images[:held]
 
 
 def download(name, path):
-    """Fetches a data set with torchvision and writes it to `path`, whole or not at all."""
-    source = getattr(torchvision.datasets, name.upper())
-    if name == "stl10":  # the 5,000 labelled training pictures come first
+    """Fetches a dataset with torchvision and writes it to `path`, whole or not at all."""
+    source, stl10 = getattr(torchvision.datasets, name.upper()), name == "stl10"
+    splits = {"train": {"train": True}, "test": {"train": False}}
+    if stl10:  # the 5,000 labelled training images come first
         splits = {"train": {"split": "train+unlabeled"}, "test": {"split": "test"}}
-    else:
-        splits = {"train": {"train": True}, "test": {"train": False}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             arrays = {}
             for split, where in splits.items():
                 part = source(folder, download=True, **where)
-                images, labels = part.data, np.array(part.labels if name == "stl10" else part.targets)
-                arrays[f"{split}_images"] = images.transpose(0, 2, 3, 1) if name == "stl10" else images
+                images, labels = part.data, np.array(part.labels if stl10 else part.targets)
+                arrays[f"{split}_images"] = images.transpose(0, 2, 3, 1) if stl10 else images
                 arrays[f"{split}_labels"] = labels[labels >= 0]  # torchvision labels the unlabelled -1
             np.savez(Path(folder, path.name), **arrays, classes=np.array(part.classes))
             Path(folder, path.name).replace(path)
@@ -212,147 +217,180 @@ def download(name, path):
         raise UserError(f"--dataset {name}: {path} is not there and cannot be downloaded ({error})") from None
 
 
-# --- Folders of pictures --------------------------------------------------------------------------------------------
+# --- Folders of images ----------------------------------------------------------------------------------------------
 
 
 def folder_dataset(root, data_dir, image_size):
-    """train/<class>/* and test/<class>/* or val/<class>/*; captions; or every picture below root, without classes."""
+    """Below root captions.csv; or train/<class>/* and test/<class>/* or val/<class>/*, in any capitals; or <class>/* or
+    train/<class>/*, of which the names' hash makes a fifth test images; or images without classes, those of train/ if
+    there is such a folder, of which a tenth is held out if there is no test/."""
     for name in ("captions.csv", "captions.txt"):
         if (root / name).exists():
             return captioned_dataset(root / name, data_dir, image_size)
-    train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
-    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
-    if not classes:
-        files = sorted(list_pictures(root), key=lambda file: hashlib.sha256(file.name.encode()).digest())
-        return unlabelled(decode(root, files, data_dir, image_size))
-    if not test.is_dir():
-        raise UserError(f"{root}: has train/<class> folders, but no test/<class> or val/<class> ones for the probes")
-    parts = []
-    for split in (train, test):
-        for folder in split.iterdir():
-            if folder.is_dir() and folder.name not in classes:
-                raise UserError(f"{folder}: there is no class of that name in {train}")
-        folders = [(label, split / name) for label, name in enumerate(classes) if (split / name).is_dir()]
-        files = [(file, label) for label, folder in folders for file in list_pictures(folder)]
-        if not files:
-            raise UserError(f"{split}: has no <class> folders, of which {train} has {len(classes)}")
-        parts.append(decode(root, [file for file, _ in files], data_dir, image_size))
-        parts.append(torch.tensor([label for _, label in files]))
-    return Dataset(*parts, classes)
+    names, left_out = list_images(root)
+    folders = {name: name.split(os.sep)[:-1] for name in names}
+    top = {name: (folders[name] + [""])[0].lower() for name in names}
+    train, test, val = ([name for name in names if top[name].startswith(split)] for split in ("train", "test", "val"))
+    test, depth, how = test or val, 1, ""
+    if not train:
+        train, test, depth = names, [], 0
+    left_out["images elsewhere"] = len(names) - len(train) - len(test)
+    label = {name: (folders[name][depth:] + [""])[0] for name in train + test}
+    classes = sorted({label[name] for name in train})
+    if "" in classes or len(classes) == 1:  # nothing to tell apart
+        train, test = (train, test) if test else hold_out(sorted(train, key=text_hash))
+        classes, train_labels, test_labels = [], torch.empty(0, dtype=torch.int64), torch.arange(len(test))
+    else:
+        if not test:
+            how = ", split 80 : 20 by a hash of the names"
+            train, test = ([name for name in train if (text_hash(name) % 5 == 0) == held] for held in (False, True))
+        if unknown := {label[name] for name in test} - set(classes):
+            raise UserError(f"{root}: test images lie in {min(unknown) or 'no folder'}, which is no class of train/")
+        of = {name: classes.index(name) for name in classes}
+        train_labels, test_labels = (torch.tensor([of[label[name]] for name in part]) for part in (train, test))
+    if not train or not test:
+        raise UserError(f"{root}: {len(names)} images are too few to hold some out as test images")
+    train_images, test_images = decode(root, [train, test], data_dir, image_size)
+    skipped = ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count)
+    note = f"{len(classes) or 'no'} classes{how}" + (f"; left out: {skipped}" if skipped else "")
+    return Dataset(train_images, train_labels, test_images, test_labels, classes, note=note)
 
 
 def captioned_dataset(file, data_dir, image_size):
-    """Rows image,caption or image,caption,split below such a header; pictures beside the file or in images/ there.
+    """Rows image,caption or image,caption,split below such a header; images beside the file or in images/ there.
 
-    A split is train, val or test. Without that column a hash of its name puts a picture into one of them, 8 in 10 into
+    A split is train, val or test. Without that column a hash of its name puts an image into one of them, 8 in 10 into
     train, so that neither the order of the rows nor further rows move it.
     """
-    splits, captions = {}, {}  # of each picture
+    root, rows, found, splits, captions, problems = file.parent, [], {}, {}, {}, []
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        if not {"image", "caption"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{file}, row 1: the header is {rows.fieldnames}, not image,caption or image,caption,split")
-        for row in rows:
-            where = f"{file}, row {rows.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where}: has not as many fields as the header; a caption with commas needs quotes")
-            name, caption = row["image"].strip(), row["caption"].strip()
-            if not name or not caption:
-                raise UserError(f"{where}: the {'caption' if name else 'image'} is empty")
-            places = (file.parent / name, file.parent / "images" / name, file.parent / "Images" / name)
-            picture = next((place.resolve() for place in places if place.is_file()), None)  # one path for one file
-            if picture is None:
-                raise UserError(f"{where}: there is no picture {name} in {file.parent} or in images/ there")
-            split = row["split"].strip() if "split" in row else hashed_split(picture.name)
-            if split not in ("train", "val", "test"):
-                raise UserError(f"{where}: split {split!r} is not train, val or test")
-            if splits.setdefault(picture, split) != split:
-                raise UserError(f"{where}: {name} is in {split} here, but in {splits[picture]} above")
-            captions.setdefault(picture, []).append(caption)
-    except UnicodeDecodeError as error:
-        row = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}, row {row}: is not in UTF-8; save the file in that encoding") from None
-    except csv.Error as error:
-        raise UserError(f"{file}, row {rows.reader.line_num}: not a line of a CSV file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    images, texts = {}, {}
-    for split in ("train", "val", "test"):
-        files = sorted(picture for picture in splits if splits[picture] == split)
-        if not files and split != "val":
-            raise UserError(f"{file}: has no picture in the split {split}")
-        images[split] = decode(file.parent.resolve(), files, data_dir, image_size) if files else None
-        texts[split] = [captions[picture] for picture in files]
-    nothing = torch.empty(0, dtype=torch.int64)
-    return Dataset(
-        images["train"],
-        nothing,
-        images["test"],
-        nothing,
-        [],
-        texts["train"],
-        texts["test"],
-        images["val"],
-        texts["val"],
-    )
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, restval="", skipinitialspace=True, strict=True)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            rows.extend((f"{file}, row {reader.line_num}", row) for row in reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read as CSV in UTF-8 after {len(rows)} rows ({error})") from None
+    if not {"image", "caption"} <= set(reader.fieldnames):
+        raise UserError(f"{file}: the header is {reader.fieldnames}, not image,caption or image,caption,split")
+    for where, row in rows:
+        name, caption = row["image"].strip(), row["caption"].strip()
+        if name not in found:  # one path for one file, however it is named
+            places = (root / name, root / "images" / name, root / "Images" / name)
+            path = next((place.resolve() for place in places if place.is_file()), None)
+            found[name] = path and os.path.relpath(path, root.resolve())
+        tenth = text_hash(os.path.basename(found[name] or name)) % 10
+        split = row.get("split", ("test", "val", *["train"] * 8)[tenth]).strip().lower()
+        if None in row:
+            problems.append(f"{where}: has more fields than the header; a caption with commas needs quotes")
+        elif not name or not caption:
+            problems.append(f"{where}: the {'caption' if name else 'image'} is empty")
+        elif not found[name]:
+            problems.append(f"{where}: there is no image {name} in {root} or in images/ there")
+        elif split not in ("train", "val", "test"):
+            problems.append(f"{where}: split {split!r} is not train, val or test")
+        elif splits.setdefault(found[name], split) != split:
+            problems.append(f"{where}: {name} is in {split} here, but in {splits[found[name]]} above")
+        captions.setdefault(found[name], []).append(caption)
+    refuse(problems)
+    groups = [sorted(name for name in splits if splits[name] == split) for split in ("train", "test", "val")]
+    if not groups[0] or not groups[1]:
+        raise UserError(f"{file}: {len(splits)} images, but none in train or none in test; say which in a column split")
+    images, texts = decode(root, groups, data_dir, image_size), [[captions[n] for n in group] for group in groups]
+    nothing, note = torch.empty(0, dtype=torch.int64), f"{len(groups[2])} for validation, {len(rows)} captions"
+    val = (images[2], texts[2]) if groups[2] else (None, None)
+    return Dataset(images[0], nothing, images[1], nothing, [], texts[0], texts[1], *val, note=note)
 
 
-def hashed_split(name):
-    """A split that depends on the name alone."""
-    digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
-    return {0: "test", 1: "val"}.get(digit, "train")
+def text_hash(text):
+    """A number that depends on the text alone."""
+    return int(hashlib.sha256(os.fsencode(text)).hexdigest(), 16)
 
 
-def list_pictures(folder):
-    """The image files below a folder, sorted, but for the figures of runs. Raises UserError if there are none."""
-    suffixes, runs = torchvision.datasets.folder.IMG_EXTENSIONS, {file.parent for file in folder.rglob("args.json")}
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.parent not in runs and p.is_file())
-    if not (files := sorted(files)):
-        raise UserError(f"{folder}: there are no pictures in it, such as .jpg or .png files")
-    return files
+def refuse(problems):
+    """Raises UserError of the first ten problems and how many more there are, if there are any."""
+    if problems:
+        raise UserError("; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""))
 
 
-def decode(root, files, data_dir, size):
-    """Picture files -> uint8 (N, 3, size, size), mapped from an .npy file in data_dir that is made on first use.
+def list_images(root):
+    """The image files below root, sorted and relative to it, and a count of the files left out, by suffix. Hidden ones
+    and those in the folder of a run do not count at all. Links are followed, to each folder once."""
+    names, left_out, seen = [], Counter(), set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        if (real := os.path.realpath(place)) in seen or "args.json" in files:
+            folders[:] = files = []
+        seen.add(real)
+        for path in (os.path.join(place, name) for name in files if name[0] != "."):
+            suffix = os.path.splitext(path)[1].lower()
+            if os.path.isfile(path) and suffix in torchvision.datasets.folder.IMG_EXTENSIONS:
+                names.append(os.path.relpath(path, root))
+            else:
+                left_out[suffix or "without suffix" if os.path.isfile(path) else "broken links"] += 1
+    if not names:
+        raise UserError(f"{root}: there are no images in it, such as .jpg or .png files")
+    return sorted(names), left_out
 
-    The file appears there when it is complete. Its name holds a hash of the names, sizes and times of the pictures,
-    so that a folder that has changed is decoded anew.
+
+def decode(root, groups, data_dir, size):
+    """Groups of image files below root -> for each uint8 (n, 3, size, size), mapped from a file made on first use.
+
+    It appears in data_dir when it is complete. Its name holds a hash of the names, sizes and times of the images: a
+    folder that has changed is decoded anew, and its former file removed. Raises one UserError for all images that
+    cannot be read, and keeps the others for the time when these are taken out.
     """
-    stamps = [(os.path.relpath(file, root), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = f"{root.resolve().name}-{size}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}.npy"
-    try:
-        if not (data_dir / name).exists():
+    names = [name for group in groups for name in group]
+    stamps = [(name, (stat := os.stat(root / name)).st_size, stat.st_mtime_ns) for name in names]
+    start = f"{root.resolve().name}-{text_hash(root.resolve()) % 10**6}-{size}-"  # two folders may have one name
+    path, good, problems = data_dir / f"{start}{text_hash(repr(stamps)) % 10**12}.uint8", [], []
+    if not path.exists():
+        try:
             data_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-                with open(Path(folder, name), "wb") as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for i, picture in enumerate(pool.map(lambda path: decode_picture(path, size), files), 1):
-                        file.write(picture.tobytes())
-                        if i % 1000 == 0 or i == len(files):
-                            print(f"\rdecoding {root}: {i} of {len(files)} pictures", end="", flush=True)
+                with open(Path(folder, "images"), "wb") as file:
+                    for i in range(0, len(names), 256):  # so many at a time, lest they pile up behind a slow one
+                        futures = [pool.submit(decode_image, root / name, size) for name in names[i : i + 256]]
+                        for stamp, future in zip(stamps[i:], futures, strict=False):
+                            try:
+                                file.write(future.result())
+                                good.append(stamp)
+                            except UserError as error:
+                                problems.append(str(error))
+                        print(f"\rdecoding {root}: {i + len(futures)} of {len(names)} images", end="", flush=True)
                 print()
-                Path(folder, name).replace(data_dir / name)
-    except OSError as error:
-        raise UserError(f"--data-dir {data_dir}: cannot be written ({error.strerror})") from None
-    return torch.from_numpy(np.load(data_dir / name, mmap_mode="c")).permute(0, 3, 1, 2)
+                path = Path(folder, "images").replace(data_dir / f"{start}{text_hash(repr(good)) % 10**12}.uint8")
+            for former in data_dir.iterdir():
+                if former.name.startswith(start) and former != path:
+                    former.unlink()
+        except OSError as error:
+            raise UserError(f"--data-dir {data_dir}: cannot be written ({error.strerror})") from None
+    refuse(problems)
+    images = torch.from_file(str(path), False, len(names) * size * size * 3, dtype=torch.uint8)
+    return images.view(-1, size, size, 3).permute(0, 3, 1, 2).split([len(group) for group in groups])
 
 
-def decode_picture(file, size):
-    """The largest square in the middle, at size x size: uint8 (size, size, 3). Raises UserError naming a bad file."""
+def decode_image(file, size):
+    """The largest square in the middle, at size x size, as uint8 (size, size, 3). What is transparent lies on white; 16
+    bits, and floats in [0, 1], are scaled to 8 bits. Raises UserError naming a bad file."""
     try:
-        with Image.open(file) as picture:
-            picture.draft("RGB", (2 * size, 2 * size))  # a JPEG need not be decoded any larger
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: not a readable picture ({error}); mend it or take it out") from None
-    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+        with Image.open(file) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # a JPEG need not be decoded any larger
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # which convert("RGB") would cut off at 255
+            x = np.asarray(image) / (1 if image.mode == "F" else 65535)
+            if not (x.min() >= 0 and 1 / 16 <= x.max() <= 1):  # 12 bits in 16 would be all but black
+                raise ValueError(f"its values are from {x.min():.3g} to {x.max():.3g} of white; scale them")
+            image = Image.fromarray((255 * x).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # decoders fail in many ways
+        raise UserError(f"{file}: not a readable image ({error}); mend it or take it out") from None
 
 
-# --- Shapes: small pictures drawn by code ---------------------------------------------------------------------------
+# --- Shapes: small images drawn by code ---------------------------------------------------------------------------
 # A silhouette is a function of points x, y, with y upwards, that is true inside; it fits the unit disc. None equals
-# itself after a turn by 90 or 180 degrees, mirrored or not, so that rotation can be told from one picture.
+# itself after a turn by 90 or 180 degrees, mirrored or not, so that rotation can be told from one image.
 
 
 def bar(x, y, half_width, low, high):
@@ -386,17 +424,10 @@ SHAPES = {
     "triangle": lambda x, y: peak(x, y, 0.8, -0.59, 1),
 }
 COLORS = {
-    "red": (214, 48, 49),
-    "orange": (240, 140, 40),
-    "yellow": (246, 214, 72),
-    "green": (46, 150, 80),
-    "blue": (52, 110, 214),
-    "purple": (136, 70, 184),
-    "pink": (244, 150, 186),
-    "brown": (122, 78, 46),
-    "white": (242, 242, 238),
-    "black": (36, 36, 42),
-}
+    "red": (214, 48, 49), "orange": (240, 140, 40), "yellow": (246, 214, 72), "green": (46, 150, 80),
+    "blue": (52, 110, 214), "purple": (136, 70, 184), "pink": (244, 150, 186), "brown": (122, 78, 46),
+    "white": (242, 242, 238), "black": (36, 36, 42),
+}  # fmt: skip
 SIZES = ("small", "medium-sized", "large")
 BRIEF = ("a {shape}", "there is a {shape}", "a {color} {shape}", "the {shape} is {color}")
 FULL = (
@@ -409,7 +440,7 @@ FULL = (
 
 
 def shapes_dataset():
-    """Ten kinds of things, 32 x 32, with captions: 4,096 training and 2,000 test pictures, always the same ones."""
+    """Ten kinds of things, 32 x 32, with captions: 4,096 training and 2,000 test images, always the same ones."""
     generator, splits, captions, colors = torch.Generator().manual_seed(0), [], [], []
     for count in (4096, 2000):
         scenes = sample_shapes(count, generator)
@@ -420,19 +451,19 @@ def shapes_dataset():
 
 
 def sample_shapes(count, generator):
-    """What `count` pictures show: balanced labels, and nuisances that are drawn without looking at them."""
+    """What `count` images show: balanced labels, and nuisances that are drawn without looking at them."""
     label = torch.arange(count)[torch.randperm(count, generator=generator)] % len(SHAPES)
     half_width = uniform(0.60, 0.85, (count,), generator)  # of the frame's
     color = torch.randint(len(COLORS), (count,), generator=generator)
 
-    # The background runs from one colour to another. The foreground is apart from every mixture of the two: its
+    # The background runs from one color to another. The foreground is apart from every mixture of the two: its
     # distance from the straight line between them, in RGB, is more than 0.35.
     palette = torch.tensor(list(COLORS.values())) / 255  # (K, 3)
-    line = palette[None] - palette[:, None]  # (K, K, 3), from the first colour to the second
+    line = palette[None] - palette[:, None]  # (K, K, 3), from the first color to the second
     offset = palette[:, None, None] - palette[None, :, None]  # (K, K, 1, 3), from the first to the foreground
-    share = ((offset * line).sum(3) / line.square().sum(2).clamp(min=1e-9)).clamp(0, 1)  # (K, K, K), nearest mixture
-    apart = (offset - share[..., None] * line).norm(dim=3) > 0.35
-    apart &= ~torch.eye(len(COLORS), dtype=torch.bool)  # two colours
+    nearest = ((offset * line).sum(3) / line.square().sum(2).clamp(min=1e-9)).clamp(0, 1)  # (K, K, K), a mixture
+    apart = (offset - nearest[..., None] * line).norm(dim=3) > 0.35
+    apart &= ~torch.eye(len(COLORS), dtype=torch.bool)  # two colors
     pair = torch.multinomial(apart.flatten(1)[color].float(), 1, generator=generator)[:, 0]
     return {
         "label": label,  # (N,)
@@ -460,18 +491,16 @@ def draw_shapes(scenes, generator, size=32, supersampling=3):
 
     cos, sin = scenes["direction"].cos()[:, None, None], scenes["direction"].sin()[:, None, None]
     y, x = F.avg_pool1d(y.T, supersampling).T, F.avg_pool1d(x, supersampling)  # pixels, (size, 1) and (1, size)
-    share = 0.5 + (cos * x + sin * y) / 2**1.5  # (N, size, size), 0 to 1
-    palette = torch.tensor(list(COLORS.values())) / 255
-    thing, one, two = (
-        palette[c][:, :, None, None] for c in (scenes["color"], *scenes["background"].unbind(1))
-    )  # (N, 3, 1, 1) each
-    images = torch.lerp(torch.lerp(one, two, share[:, None]), thing, cover[:, None])
+    place = 0.5 + (cos * x + sin * y) / 2**1.5  # (N, size, size), 0 to 1
+    colors = torch.stack([scenes["color"], *scenes["background"].unbind(1)])  # (3, N)
+    thing, one, two = (torch.tensor(list(COLORS.values())) / 255)[colors][..., None, None]  # (N, 3, 1, 1) each
+    images = torch.lerp(torch.lerp(one, two, place[:, None]), thing, cover[:, None])
     images += 0.02 * torch.randn(images.shape, generator=generator)
     return (255 * images).round().clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
 
 
 def describe_shapes(scenes, generator):
-    """Scenes of sample_shapes -> five captions each, as people write them: what it is, its colour, and one with all."""
+    """Scenes of sample_shapes -> five captions each, as people write them: what it is, its color, and one with all."""
     shapes, colors = list(SHAPES), list(COLORS)
     size = ((scenes["half_width"] - 0.60) / 0.25 * 3).long().clamp(max=2)
     sentence = torch.randint(len(FULL), size.shape, generator=generator)
@@ -499,19 +528,15 @@ def coin(p, count, generator):
     return uniform(0, 1, (count,), generator) < p
 
 
-def per_image(values):
-    """(N,) -> (N, 1, 1, 1), to meet images (N, C, H, W)."""
-    return values[:, None, None, None]
-
-
 # --- Geometry and blur: linear maps of rows and columns, as batched matrix products ---------------------------------
 
 
 def separable(images, rows, columns):
     """rows (N, H', H) and columns (N, W', W) applied to images (N, C, H, W) -> (N, C, H', W')."""
     N, C, H, W = images.shape
-    x = images.transpose(1, 2).reshape(N, H * C, W) @ columns.mT  # (N, H C, W')
-    x = rows @ x.view(N, H, -1)  # (N, H', C W')
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round what must be exact
+        x = images.transpose(1, 2).reshape(N, H * C, W) @ columns.mT  # (N, H C, W')
+        x = rows @ x.view(N, H, -1)  # (N, H', C W')
     return x.unflatten(2, (C, -1)).transpose(1, 2)  # (N, C, H', W')
 
 
@@ -542,10 +567,10 @@ def resized_crop(images, boxes, size, flip):
 
 
 def random_boxes(count, H, W, scale, ratio, generator):
-    """Boxes (count, 4) as in Inception: a share of the area from `scale`, an aspect log-uniform in `ratio`.
+    """Boxes (count, 4) as in Inception: a fraction of the area from `scale`, an aspect log-uniform in `ratio`.
 
-    Of ten tries the first that fits an H x W picture counts; without one it is the whole picture, which is what
-    torchvision's RandomResizedCrop does with square pictures.
+    Of ten tries the first that fits an H x W image counts; without one it is the whole image, which is what
+    torchvision's RandomResizedCrop does with square images.
     """
     area = H * W * uniform(*scale, (count, 10), generator)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), (count, 10), generator).exp()  # width over height
@@ -568,7 +593,9 @@ def random_resized_crop(images, size, generator, scale=(0.08, 1.0), ratio=(3 / 4
 
 def random_crop(images, padding, generator, flip=0.5):
     """Shifts each square image by up to `padding` pixels, zeros moving in, and mirrors it with probability `flip`."""
-    N, _, _, S = images.shape
+    N, _, S, W = images.shape
+    if S != W:
+        raise ValueError(f"images of {S} x {W} are not square")
     corners = uniform(0, 2 * padding + 1, (N, 2), generator).floor()  # top and left
     boxes = torch.cat([corners, torch.full_like(corners, S)], dim=1)
     return resized_crop(F.pad(images, [padding] * 4), boxes, S, coin(flip, N, generator))
@@ -595,14 +622,14 @@ def gaussian_blur(images, sigma, kernel_size):
 
 
 def random_gaussian_blur(images, generator, sigma=(0.1, 2.0), p=0.5):
-    """With probability p; the kernel is a tenth of the picture's side, at least 3 (SimCLR, appendix A)."""
+    """With probability p; the kernel is a tenth of the image's side, at least 3 (SimCLR, appendix A)."""
     N, _, H, _ = images.shape
     strength = uniform(*sigma, (N,), generator)
-    strength = torch.where(coin(p, N, generator), strength, 1e-3)  # a thousandth of a pixel: the picture itself
+    strength = torch.where(coin(p, N, generator), strength, 1e-3)  # a thousandth of a pixel: the image itself
     return gaussian_blur(images, strength, max(3, H // 20 * 2 + 1))
 
 
-# --- Colour ---------------------------------------------------------------------------------------------------------
+# --- Color ---------------------------------------------------------------------------------------------------------
 
 
 def luma(images):
@@ -611,22 +638,15 @@ def luma(images):
     return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
-def grayscale(images, chosen):
-    """Takes the colour from the images for which chosen (N,) is true."""
-    return torch.where(per_image(chosen), luma(images), images)
-
-
 def random_grayscale(images, generator, p=0.2):
-    return grayscale(images, coin(p, len(images), generator))
-
-
-def solarize(images, threshold, chosen):
-    """Inverts values from `threshold` on in the images for which chosen (N,) is true."""
-    return torch.where(per_image(chosen) & (images >= threshold), 1 - images, images)
+    """Takes the color from an image with probability p; equal to torchvision's rgb_to_grayscale."""
+    return torch.where(coin(p, len(images), generator)[:, None, None, None], luma(images), images)
 
 
 def random_solarize(images, generator, threshold=0.5, p=0.2):
-    return solarize(images, threshold, coin(p, len(images), generator))
+    """Inverts values from `threshold` on with probability p for each image; equal to torchvision's solarize."""
+    chosen = coin(p, len(images), generator)[:, None, None, None]
+    return torch.where(chosen & (images >= threshold), 1 - images, images)
 
 
 def adjust_hue(images, shift):
@@ -639,8 +659,8 @@ def adjust_hue(images, shift):
     r, g, b = images.split(1, dim=1)
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = high - low
-    hue = (g + b).sub_(r).sub_(low).div_((6 * chroma).clamp_(min=1e-9)).add_(1 / 6)  # grey has any hue
-    hue = hue.copysign_(g - b).add_(per_image(shift))  # (N, 1, H, W)
+    hue = (g + b).sub_(r).sub_(low).div_((6 * chroma).clamp_(min=1e-9)).add_(1 / 6)  # gray has any hue
+    hue = hue.copysign_(g - b).add_(shift[:, None, None, None])  # (N, 1, H, W)
     distance = hue - torch.arange(3, device=images.device).view(3, 1, 1) / 3  # (N, 3, H, W), of r, g and b
     distance = distance.sub_(distance.round()).abs_().clamp_(1 / 6, 1 / 3)
     return torch.addcmul(high + chroma, chroma, distance, value=-6)
@@ -652,7 +672,7 @@ def color_jitter(images, factors, order):
     factors (N, 4): three factors around 1, and the shift of the hue around 0. order (N, 4): in each row a
     permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
 
-    The first three mix a colour c with black, the mean grey of the image, or its own grey: M c + b, cut to [0, 1].
+    The first three mix a color c with black, the mean gray of the image, or its own gray: M c + b, cut to [0, 1].
     All images walk through three such steps before the hue is turned and three after it; with factor 1 those that
     are on the other side of an image's own turn leave it as it is. So the hue, which costs most, is turned once.
     """
@@ -669,8 +689,9 @@ def color_jitter(images, factors, order):
     for step in range(6):
         if step == 3:
             x = adjust_hue(x.view(images.shape), factors[:, 3]).flatten(2)
-        b = of_image[:, step] @ x.mean(2, keepdim=True)  # (N, 1, 1)
-        x = torch.baddbmm(b, of_pixel[:, step], x).clamp_(0, 1)
+        with torch.autocast(images.device.type, enabled=False):
+            b = of_image[:, step] @ x.mean(2, keepdim=True)  # (N, 1, 1)
+            x = torch.baddbmm(b, of_pixel[:, step], x).clamp_(0, 1)
     return x.view(images.shape)
 
 
@@ -686,7 +707,7 @@ def random_color_jitter(images, generator, brightness, contrast, saturation, hue
     return color_jitter(images, torch.stack(factors, dim=1), order)
 
 
-# --- Normalisation --------------------------------------------------------------------------------------------------
+# --- Normalization --------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
@@ -699,7 +720,12 @@ def normalize(images):
     return x if x.device.type == "mps" else x.contiguous(memory_format=torch.channels_last)
 
 
-def compile_operators():
-    """Compiles the operators that work on whole images: some kernels in place of dozens. For a GPU."""
-    for operator in (resized_crop, gaussian_blur, grayscale, solarize, color_jitter):
-        globals()[operator.__name__] = torch.compile(operator)
+@contextlib.contextmanager
+def compile_operators(wanted):
+    """Within it the operators that work on whole images are compiled, if wanted: one kernel in place of dozens."""
+    plain = resized_crop, gaussian_blur, color_jitter
+    globals().update({operator.__name__: torch.compile(operator) for operator in plain if wanted})
+    try:
+        yield
+    finally:
+        globals().update({operator.__name__: operator for operator in plain})

@@ -409,7 +409,7 @@ def show(args):
     S = math.isqrt(weights["pos_embed"].shape[1]) * p  # of the training images
     encoder = VisionTransformer(S, p, *ENCODERS[args.encoder], args.encoder == "small")
     encoder.load_state_dict(weights)
-    image = torch.tensor(common.decode_picture(Path(args.show), 32 * p)).permute(2, 0, 1)
+    image = torch.tensor(common.decode_image(Path(args.show), 32 * p)).permute(2, 0, 1)
     save_figures(path.parent, image[None, None], encoder, "-show")
     print(f"attention-show.png and pca-show.png are in {path.parent}")
 
@@ -600,7 +600,6 @@ def main(args):
     if args.compile:
         model.student.compile()
         model.teacher.compile()
-        common.compile_operators()
 
     def monitor():  # kNN on a tenth of the training labels, from the others: what recipes are chosen by
         h, order = features(encoder, data.train_images[: len(y)]), torch.Generator().manual_seed(0)
@@ -608,7 +607,7 @@ def main(args):
         h = h.chunk(2, dim=1)[0]  # class tokens
         return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
-    with run_folder(args) as folder:
+    with common.compile_operators(args.compile), run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
         images = data.train_images[:8].to(device)  # views.png: each, its global views, and its local ones, enlarged
         views = [images / 255, *multi_crop(images, args, torch.Generator(device).manual_seed(args.seed))]

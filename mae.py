@@ -578,7 +578,6 @@ def main(args):
     encoder, initial = model.encoder, copy.deepcopy(model.encoder)
     if args.compile:
         model.compile()
-        common.compile_operators()
 
     def monitor():  # kNN on a tenth of the training labels, from the others: what recipes are chosen by
         h, order = features(encoder, data.train_images[: len(y)]), torch.Generator().manual_seed(0)
@@ -586,7 +585,7 @@ def main(args):
         h = h.chunk(2, dim=1)[1]  # means of the patch tokens
         return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
-    with run_folder(args) as folder:
+    with common.compile_operators(args.compile), run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
         untrained = evaluate(initial, data)
         history = pretrain(model, data.train_images, args, monitor if data.classes else dict)

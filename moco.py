@@ -506,14 +506,13 @@ def main(args):
     if args.compile:
         model.query_encoder.compile()
         model.key_encoder.compile()
-        common.compile_operators()
 
     def monitor():  # kNN on a tenth of the training labels, from the others: what recipes are chosen by
         h, order = features(encoder, data.train_images[: len(y)]), torch.Generator().manual_seed(0)
         held, rest = torch.randperm(len(y), generator=order).to(device).tensor_split([len(y) // 10])
         return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
-    with run_folder(args) as folder:
+    with common.compile_operators(args.compile), run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
         save_views(folder / "views.png", data.train_images[:8].to(device), args)
         untrained, before = evaluate(initial, data)

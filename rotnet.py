@@ -441,7 +441,6 @@ def main(args):
     initial = copy.deepcopy(model)
     if args.compile:
         model.compile()
-        common.compile_operators()
 
     def monitor():  # kNN of block 2 on a tenth of the training labels, from the others: what recipes are chosen by
         blocks, order = nn.Sequential(model.encoder[:2], nn.AdaptiveAvgPool2d(2)), torch.Generator().manual_seed(0)
@@ -449,7 +448,7 @@ def main(args):
         held, rest = torch.randperm(len(y), generator=order).to(device).tensor_split([len(y) // 10])
         return {"knn": knn_accuracy(h[rest], y[rest], h[held], y[held])}
 
-    with run_folder(args) as folder:
+    with common.compile_operators(args.compile), run_folder(args) as folder:
         print(f"{METHOD} on {args.dataset}: {M} images, {S} x {S}, {len(y)} labels; {device}; {folder}", flush=True)
         untrained = evaluate(initial.encoder, data, args)
         history = pretrain(model, data.train_images, args, monitor if data.classes else dict)

@@ -4,7 +4,7 @@
     step    a step with live augmentation against the same step on a fixed batch, which is the bound
     lightly where it is installed, its SimCLR (transform, loader, loss) with the same network, batch and optimizer
 
-Flags are those of simclr.py, by default of its CIFAR-10 recipe for this device; pictures are random. A line is the
+Flags are those of simclr.py, by default of its CIFAR-10 recipe for this device; images are random. A line is the
 median over rounds in which the contestants take turns, so that what else the machine does meets all of them alike.
 """
 
@@ -26,21 +26,21 @@ import common  # noqa: E402
 import simclr  # noqa: E402
 
 
-class Pictures(torch.utils.data.Dataset):
-    """numpy pictures (M, S, S, 3) -> what `transform` makes of one, as a PIL picture as data sets of torchvision do."""
+class Images(torch.utils.data.Dataset):
+    """numpy images (M, S, S, 3) -> what `transform` makes of one, as a PIL image, as datasets of torchvision do."""
 
-    def __init__(self, pictures, transform):
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images, transform):
+        self.images, self.transform = images, transform
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i):
-        return self.transform(v2.functional.to_pil_image(self.pictures[i]))
+        return self.transform(v2.functional.to_pil_image(self.images[i]))
 
 
 def torchvision_view(args, S):
-    """The transform of the paper, on a PIL picture, as published code has it: the same as two_views makes."""
+    """The transform of the paper, on a PIL image, as published code has it: the same as two_views makes."""
     s = args.jitter_strength
     blur = [v2.RandomApply([v2.GaussianBlur(max(3, S // 20 * 2 + 1), (0.1, 2.0))], args.blur)] if args.blur else []
     steps = [
@@ -70,33 +70,27 @@ def take_turns(contestants, device, rounds):
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def loader(pictures, transform, N):
+def loader(images, transform, N):
     """A DataLoader as peers have it: a process for each core, pinned memory where it helps.
 
     Its processes stay, and are idle between two passes, so that they do not work during the turns of others.
     """
-    data, pin = Pictures(pictures, transform), torch.cuda.is_available()
+    data, pin = Images(images, transform), torch.cuda.is_available()
     return torch.utils.data.DataLoader(
         data, N, shuffle=True, drop_last=True, num_workers=os.cpu_count(), persistent_workers=True, pin_memory=pin
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", type=Path, help="a JSON file to write")
-    ours, flags = parser.parse_known_args()
-    small = [] if torch.cuda.is_available() else ["--encoder", "small"]
-    args = simclr.parse_args(["--dataset", "cifar10", *small, *flags])
+def measure(args, record_file):
+    """All of it, printed and written to the file if there is one."""
     device, N, S, steps = simclr.pick_device(args.device), args.batch_size, 32, 16
-    compiled = args.compile
     torch.manual_seed(0)
-    pictures = np.random.default_rng(0).integers(0, 256, (steps * N, S, S, 3), dtype=np.uint8)
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
+    arrays = np.random.default_rng(0).integers(0, 256, (steps * N, S, S, 3), dtype=np.uint8)
+    images = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(device)
     generator = torch.Generator(device).manual_seed(0)
     model = simclr.SimCLR(args, S).to(device, memory_format=torch.channels_last)
-    if compiled:
+    if args.compile:
         model.compile()
-        common.compile_operators()
     optimizer, schedule = simclr.make_optimizer(model, args, N, 10**6)
 
     def random_batch():
@@ -132,7 +126,7 @@ def main():
     def loaded_views():
         return sum(len(x) for x in singles)
 
-    singles, fixed = loader(pictures, torchvision_view(args, S), N), our_views()
+    singles, fixed = loader(arrays, torchvision_view(args, S), N), our_views()
     views = take_turns({"batched": batched_views, "DataLoader": loaded_views}, device, rounds=5)
     turn = 16 if device.type == "cuda" else 2  # a GPU is fed ahead: what waiting for it at the end costs must not weigh
     images_per_second = take_turns(
@@ -149,7 +143,7 @@ def main():
             min_scale=args.crop, random_gray_scale=args.gray, gaussian_blur=args.blur,
         )  # fmt: skip
         criterion = NTXentLoss(temperature=args.temperature)
-        pairs = loader(pictures, transform, N)
+        pairs = loader(arrays, transform, N)
 
         def lightly():
             for pair in pairs:
@@ -162,13 +156,13 @@ def main():
     except ImportError:
         pass
 
-    print(f"{args.encoder}, batch {N}, {'compiled' if compiled else 'eager'}, {device}, torch {torch.__version__}")
+    print(f"{args.encoder}, batch {N}, {'compiled' if args.compile else 'eager'}, {device}, torch {torch.__version__}")
     print(f"views/s       batched {views['batched']:.0f}, DataLoader {views['DataLoader']:.0f}: "
           f"{views['batched'] / views['DataLoader']:.1f} times")  # fmt: skip
     print(f"images/s      fixed batch {images_per_second['fixed batch']:.0f}, live {images_per_second['live']:.0f}")
     for name, share in shares.items():
         print(f"{name:14}{share:.2f} of the bound, which is the step on a fixed batch; {1 / share:.3f} of its time")
-    if ours.record:
+    if record_file:
         record = {
             "command": " ".join(["python", *sys.argv]),
             "date": time.strftime("%Y-%m-%d"),
@@ -177,14 +171,24 @@ def main():
             "torch": torch.__version__,
             "encoder": args.encoder,
             "batch_size": N,
-            "compile": bool(compiled),
+            "compile": args.compile,
             "views_per_second": views,
             "images_per_second": images_per_second,
             "share_of_bound": shares,
         }
         if "lightly" in shares:
             record["lightly"] = importlib.metadata.version("lightly")
-        ours.record.write_text(json.dumps(record, indent=2) + "\n")
+        record_file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--record", type=Path, help="a JSON file to write")
+    ours, flags = parser.parse_known_args()
+    small = [] if torch.cuda.is_available() else ["--encoder", "small"]
+    args = simclr.parse_args(["--dataset", "cifar10", *small, *flags])
+    with common.compile_operators(args.compile):
+        measure(args, ours.record)
 
 
 if __name__ == "__main__":

@@ -70,10 +70,10 @@ if __name__ == "__main__":
     cases = {"visible patches alone": mae.MaskedAutoencoder, "mask tokens too": EncodesMaskTokens}
     args = mae.parse_args(flags)
     device = mae.pick_device(args.device)
-    if args.compile:
-        common.compile_operators()
     images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    rates = take_turns({name: trainer(kind, args, images, device) for name, kind in cases.items()}, device, rounds=40)
+    with common.compile_operators(args.compile):
+        steps = {name: trainer(kind, args, images, device) for name, kind in cases.items()}
+        rates = take_turns(steps, device, rounds=40)
     flops = {name: arithmetic(kind, args, images[:1].cpu()) for name, kind in cases.items()}
     (fast, slow), (few, many) = rates.values(), flops.values()
     print(f"{args.encoder}, batch {args.batch_size}, {args.mask_ratio:.0%} masked, {device}, torch {torch.__version__}")

@@ -220,7 +220,7 @@ def test_recall_in_pieces_is_that_of_the_whole_matrix():
 
 
 def test_the_five_caption_protocol(monkeypatch):
-    """Twelve pictures on a circle, each with five captions there (one has two): against sorting, item by item."""
+    """Twelve images on a circle, each with five captions there (one has two): against sorting, item by item."""
 
     def on_a_circle(degrees):
         return torch.stack([torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()], dim=1)
@@ -378,7 +378,7 @@ def test_questions_to_a_run(trained, tmp_path, capsys):
     assert moved[0] == "test image 0"
     (tmp_path / "bad.png").write_text("no image")
     for name in ("missing.png", "bad.png"):
-        with pytest.raises(common.UserError, match=f"{name}: not a readable picture"):
+        with pytest.raises(common.UserError, match=f"{name}: not a readable image"):
             ask(run, "--caption", tmp_path / name)
 
 
@@ -475,7 +475,7 @@ def test_captioned_images_without_classes(few_shapes, tmp_path, capsys):
     assert 0 < summary["unknown_words"] < 0.5
 
 
-def test_leakage_learns_from_the_test_pictures_with_their_other_captions():
+def test_leakage_learns_from_the_test_images_with_their_other_captions():
     leak = runpy.run_path(str(ROOT / "results/leakage.py"))["leak"]
     images, nothing = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2), torch.empty(0).long()
     train, test = [["a"], ["b", "c"], ["d"]], [["e", "f", "g"], ["h", "i"]]

@@ -6,6 +6,7 @@ images in [0, 1], with one parameter per image, drawn from an explicit torch.Gen
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import math
 import os
@@ -13,7 +14,6 @@ import re
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +28,12 @@ class UserError(Exception):
     """An input that the person can mend: the message names the flag or the file and what to do."""
 
 
-# === Datasets =======================================================================================================
-
-
-@dataclass
+@dataclasses.dataclass
 class Dataset:
-    """Images uint8 (N, 3, S, S) in channels_last order, labels int64, the class names, and captions if any.
+    """Images uint8 (N, 3, S, S) in channels_last order, labels int64, class names, and captions, a list for each image.
 
-    train_labels are those of the first len(train_labels) training images: STL-10 has more images than labels. Without
-    classes there are none, and test_labels are row numbers. Captions are a list for each image. A captioned folder has
-    validation images, and shapes have colors: the numbers in COLORS. note: how a folder or file was understood.
+    train_labels are those of the first training images: STL-10 has more images than labels. Without classes there are
+    none, and test_labels are row numbers. Shapes have colors, numbers in COLORS. note: how a path was understood.
     """
 
     train_images: torch.Tensor
@@ -55,23 +51,19 @@ class Dataset:
 
     def to(self, device):
         """The same on the device; images that would fill more than half of its free memory stay where they are."""
-        parts, free = dict(vars(self)), math.inf
+        tensors, free = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}, math.inf
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         elif device.type == "mps":
             free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-        stay = sum(v.nbytes for v in parts.values() if torch.is_tensor(v)) > free / 2
-        for name, value in parts.items():
-            if torch.is_tensor(value) and not (stay and name.endswith("images")):
-                parts[name] = value.to(device)
-        return Dataset(**parts)
+        stay = sum(x.nbytes for x in tensors.values()) > free / 2
+        moved = {name: x.to(device) for name, x in tensors.items() if not (stay and name.endswith("images"))}
+        return dataclasses.replace(self, **moved)
 
 
 def batches(images, order, size, device):
-    """Rows `order` (n,) of images (M, 3, S, S), whole batches of them: yields (size, 3, S, S) on the device.
-
-    Images that did not fit there are gathered while it computes, and copied from memory that its GPU can reach itself.
-    """
+    """Rows `order` (n,) of images (M, 3, S, S), whole batches of them: yields (size, 3, S, S) on the device. Images in
+    main memory are gathered here, and copied from pinned pages, which a GPU reads while it computes."""
     for index in order[: len(order) // size * size].to(images.device).split(size):
         batch = images[index]
         if images.device != device and device.type == "cuda":
@@ -85,11 +77,9 @@ def fingerprint(images):
 
 
 def labelled_rows(labels, amount, seed):
-    """A class-balanced part of labels (L,), drawn with seed -> row numbers in random order.
-
-    amount: "0.1" or 0.1 is a fraction of each class, at least one image of it; "10" or 10 a number of images per class.
-    So "1.0" is all, "1" one per class. Raises UserError for anything else, and where there are too few.
-    """
+    """A class-balanced part of labels (L,), drawn with seed -> row numbers in random order. amount: "0.1" or 0.1 is a
+    fraction of each class, at least one image of it; "10" or 10 a number of images per class. So "1.0" is all, "1" one
+    per class. Raises UserError for anything else, and where there are too few."""
     try:
         number = int(amount) if str(amount).isdecimal() else float(amount)
     except ValueError:
@@ -111,38 +101,27 @@ def labelled_rows(labels, amount, seed):
 
 
 def load_dataset(name, data_dir="data", image_size=96):
-    """`shapes`, `cifar10`, `cifar100`, `stl10`, or a path: of an .npz file, or of a folder of images -> Dataset.
-
-    The second to fourth are downloaded once by torchvision and kept as <data_dir>/<name>.npz, which is all that later
-    calls read. Images of a folder become image_size pixels square, larger ones in an .npz file shrink to that. Prints
-    how a path was understood. Raises UserError, in one line, for a dataset that is unknown, unreachable or broken.
-    """
+    """`shapes`, `cifar10`, `cifar100`, `stl10`, or a path: of an .npz file, or of a folder of images -> Dataset. The
+    second to fourth are downloaded once by torchvision and kept as <data_dir>/<name>.npz, which is all that later calls
+    read. Images of a folder become image_size pixels square, larger ones in an .npz file shrink to that. Prints what
+    was found. Raises UserError, in one line, for a dataset that is unknown, unreachable, broken or too small."""
     if name == "shapes":
         return shapes_dataset()
-    if name in ("cifar10", "cifar100", "stl10"):
-        path = Path(data_dir, f"{name}.npz")
-        if not path.exists():
-            download(name, path)
-        return npz_dataset(path, image_size)
-    if Path(name).suffix == ".npz":
-        data = npz_dataset(Path(name), image_size)
-    elif Path(name).is_dir():
-        data = folder_dataset(Path(name), Path(data_dir), image_size)
-    else:
-        raise UserError(
-            f"--dataset {name}: is not shapes, cifar10, cifar100, stl10, an .npz file or a folder of images"
-        )
+    known = name in ("cifar10", "cifar100", "stl10")
+    path = Path(data_dir, f"{name}.npz") if known else Path(name)
+    if known and not path.exists():
+        download(name, path)
+    if path.suffix != ".npz" and not path.is_dir():
+        raise UserError(f"--dataset {name}: not shapes, cifar10, cifar100, stl10, an .npz file or a folder of images")
+    data = npz_dataset(path, image_size) if path.suffix == ".npz" else folder_dataset(path, Path(data_dir), image_size)
     print(f"{name}: {len(data.train_images)} training, {len(data.test_images)} test images, {data.note}", flush=True)
     return data
 
 
 def npz_dataset(path, image_size):
     """{train,test}_images, uint8 (N, S, S), (N, S, S, 1) or (N, S, S, 3), and {train,test}_labels, integers (N,) or
-    (N, 1), which are numbered anew if they do not run from 0 to K - 1.
-
-    There may be fewer train_labels than train_images: the last images are then unlabelled. `classes`, the names, may
-    be there too. With train_images alone there are no classes.
-    """
+    (N, 1), numbered anew unless they run from 0 to K - 1; maybe `classes`, their names. Without train_labels for them,
+    the last train_images are unlabelled; with train_images alone there are no classes."""
     keys = ["train_images", "train_labels", "test_images", "test_labels"]
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -160,23 +139,17 @@ def npz_dataset(path, image_size):
         x = arrays[key]
         array = f"{path}: {key} is {x.dtype} {x.shape}"
         if key.endswith("images"):
-            x = x[..., None] if x.ndim == 3 else x
+            x = x[..., None] if x.ndim == 3 else x  # gray
             N, H, W, C = x.shape if x.ndim == 4 else (0, 0, 0, 0)
             if x.dtype != np.uint8 or N == 0 or H != W or C not in (1, 3):
                 raise UserError(f"{array}, not uint8 (N, S, S) or (N, S, S, 3)")
-            x = np.repeat(x, 3, axis=3) if C == 1 else x  # one channel of gray stands for all three
-            x = torch.from_numpy(x).permute(0, 3, 1, 2)  # (N, 3, S, S)
+            x = torch.from_numpy(x).permute(0, 3, 1, 2).expand(N, 3, H, W).contiguous(memory_format=torch.channels_last)
             tensors.append(TF.resize(x, [image_size, image_size], antialias=True) if H > image_size else x)
         else:
             L = len(x) if x.ndim and key == "train_labels" else N
-            if (
-                x.dtype.kind not in "iu"
-                or x.shape not in ((L,), (L, 1))
-                or not 0 < L <= N
-                or x.astype(np.int64).min() < 0
-            ):
+            if x.dtype.kind not in "iu" or x.shape not in ((L,), (L, 1)) or not 0 < L <= N or x.astype(int).min() < 0:
                 raise UserError(f"{array}, not {N} class numbers from 0 on")
-            tensors.append(torch.from_numpy(x.reshape(L).astype(np.int64)))
+            tensors.append(torch.from_numpy(x.reshape(L).astype(int)))
     if len(tensors) == 1:  # in random order, since that of an array may be by class
         train, test = hold_out(tensors[0][torch.randperm(N, generator=torch.Generator().manual_seed(0))])
         return Dataset(train, torch.empty(0, dtype=torch.int64), test, torch.arange(len(test)), [], note="no classes")
@@ -193,7 +166,7 @@ def npz_dataset(path, image_size):
 def hold_out(images):
     """Images without classes, in random order -> those to learn from, and a tenth, at most 1,000, to measure on."""
     held = min(math.ceil(len(images) / 10), 1000)
-    return images[held:], images[:held]
+    return images[:-held], images[-held:]
 
 
 def download(name, path):
@@ -221,22 +194,21 @@ def download(name, path):
 
 
 def folder_dataset(root, data_dir, image_size):
-    """Below root captions.csv; or train/<class>/* and test/<class>/* or val/<class>/*, in any capitals; or <class>/* or
-    train/<class>/*, of which the names' hash makes a fifth test images; or images without classes, those of train/ if
-    there is such a folder, of which a tenth is held out if there is no test/."""
+    """captions.csv; or train/<class>/* with test/<class>/* or val/<class>/*, in any capitals; or train/<class>/* or
+    <class>/* alone, where a hash of its name makes one image in five a test image; or images without classes: those of
+    train/ if it is there, and for a test those of test/ or else a tenth."""
     for name in ("captions.csv", "captions.txt"):
         if (root / name).exists():
             return captioned_dataset(root / name, data_dir, image_size)
     names, left_out = list_images(root)
-    folders = {name: name.split(os.sep)[:-1] for name in names}
-    top = {name: (folders[name] + [""])[0].lower() for name in names}
-    train, test, val = ([name for name in names if top[name].startswith(split)] for split in ("train", "test", "val"))
+    below = {name: name.split(os.sep)[:-1] for name in names}  # the folders it lies in
+    train, test, val = ([n for n in names if below[n] and n.lower().startswith(s)] for s in ("train", "test", "val"))
     test, depth, how = test or val, 1, ""
     if not train:
         train, test, depth = names, [], 0
     left_out["images elsewhere"] = len(names) - len(train) - len(test)
-    label = {name: (folders[name][depth:] + [""])[0] for name in train + test}
-    classes = sorted({label[name] for name in train})
+    of = {name: (below[name][depth:] + [""])[0] for name in train + test}
+    classes = sorted({of[name] for name in train})
     if "" in classes or len(classes) == 1:  # nothing to tell apart
         train, test = (train, test) if test else hold_out(sorted(train, key=text_hash))
         classes, train_labels, test_labels = [], torch.empty(0, dtype=torch.int64), torch.arange(len(test))
@@ -244,10 +216,9 @@ def folder_dataset(root, data_dir, image_size):
         if not test:
             how = ", split 80 : 20 by a hash of the names"
             train, test = ([name for name in train if (text_hash(name) % 5 == 0) == held] for held in (False, True))
-        if unknown := {label[name] for name in test} - set(classes):
+        if unknown := {of[name] for name in test} - set(classes):
             raise UserError(f"{root}: test images lie in {min(unknown) or 'no folder'}, which is no class of train/")
-        of = {name: classes.index(name) for name in classes}
-        train_labels, test_labels = (torch.tensor([of[label[name]] for name in part]) for part in (train, test))
+        train_labels, test_labels = (torch.tensor(np.searchsorted(classes, [of[n] for n in p])) for p in (train, test))
     if not train or not test:
         raise UserError(f"{root}: {len(names)} images are too few to hold some out as test images")
     train_images, test_images = decode(root, [train, test], data_dir, image_size)
@@ -379,7 +350,7 @@ def decode_image(file, size):
         if image.mode[0] in "IF":  # which convert("RGB") would cut off at 255
             x = np.asarray(image) / (1 if image.mode == "F" else 65535)
             if not (x.min() >= 0 and 1 / 16 <= x.max() <= 1):  # 12 bits in 16 would be all but black
-                raise ValueError(f"its values are from {x.min():.3g} to {x.max():.3g} of white; scale them")
+                raise ValueError(f"its values run from {x.min():.3g} to {x.max():.3g}, where white is 1")
             image = Image.fromarray((255 * x).round().astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -388,7 +359,7 @@ def decode_image(file, size):
         raise UserError(f"{file}: not a readable image ({error}); mend it or take it out") from None
 
 
-# --- Shapes: small images drawn by code ---------------------------------------------------------------------------
+# --- Shapes: small images drawn by code -----------------------------------------------------------------------------
 # A silhouette is a function of points x, y, with y upwards, that is true inside; it fits the unit disc. None equals
 # itself after a turn by 90 or 180 degrees, mirrored or not, so that rotation can be told from one image.
 
@@ -462,8 +433,7 @@ def sample_shapes(count, generator):
     line = palette[None] - palette[:, None]  # (K, K, 3), from the first color to the second
     offset = palette[:, None, None] - palette[None, :, None]  # (K, K, 1, 3), from the first to the foreground
     nearest = ((offset * line).sum(3) / line.square().sum(2).clamp(min=1e-9)).clamp(0, 1)  # (K, K, K), a mixture
-    apart = (offset - nearest[..., None] * line).norm(dim=3) > 0.35
-    apart &= ~torch.eye(len(COLORS), dtype=torch.bool)  # two colors
+    apart = ((offset - nearest[..., None] * line).norm(dim=3) > 0.35) & ~torch.eye(len(COLORS), dtype=torch.bool)
     pair = torch.multinomial(apart.flatten(1)[color].float(), 1, generator=generator)[:, 0]
     return {
         "label": label,  # (N,)
@@ -501,34 +471,25 @@ def draw_shapes(scenes, generator, size=32, supersampling=3):
 
 def describe_shapes(scenes, generator):
     """Scenes of sample_shapes -> five captions each, as people write them: what it is, its color, and one with all."""
-    shapes, colors = list(SHAPES), list(COLORS)
+    shapes, colors, captions = list(SHAPES), list(COLORS), []
     size = ((scenes["half_width"] - 0.60) / 0.25 * 3).long().clamp(max=2)
     sentence = torch.randint(len(FULL), size.shape, generator=generator)
     rows = zip(sentence, size, scenes["color"], scenes["label"], *scenes["background"].unbind(1), strict=True)
-
-    def caption(text, s, c, k, a, b):
-        text = text.format(size=SIZES[s], color=colors[c], shape=shapes[k], one=colors[a], two=colors[b])
-        return re.sub(r"\ba(?= [aeiou])", "an", text)
-
-    return [[caption(text, *row) for text in (*BRIEF, FULL[w])] for w, *row in rows]
+    for w, s, c, k, a, b in rows:
+        words = {"size": SIZES[s], "color": colors[c], "shape": shapes[k], "one": colors[a], "two": colors[b]}
+        texts = (text.format(**words) for text in (*BRIEF, FULL[w]))
+        captions.append([re.sub(r"\ba(?= [aeiou])", "an", text) for text in texts])
+    return captions
 
 
 # === Augmentations: float images (N, C, H, W) in [0, 1], one parameter per image ====================================
-# Each comes as two functions: the operator, which takes a parameter per image and equals torchvision's functional
-# one, and `random_...`, which draws the parameters as torchvision's transform does. Nothing here waits for the device.
+# An operator takes a parameter per image and equals torchvision's functional one; `random_...` draws the parameters as
+# torchvision's transform does. Nothing here waits for the device.
 
 
 def uniform(low, high, shape, generator):
     """Uniform numbers in [low, high), on the generator's device."""
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
-
-
-def coin(p, count, generator):
-    """(count,) booleans, true with probability p."""
-    return uniform(0, 1, (count,), generator) < p
-
-
-# --- Geometry and blur: linear maps of rows and columns, as batched matrix products ---------------------------------
 
 
 def separable(images, rows, columns):
@@ -541,11 +502,9 @@ def separable(images, rows, columns):
 
 
 def resize_weights(start, length, size_in, size_out):
-    """Matrices (N, size_out, size_in) that cut pixels [start, start + length) (N,) out of a line and resize them.
-
-    A row is a triangle around the centre of its output pixel, as wide as that pixel where the line shrinks
-    (antialiasing) and as an input pixel where it grows (bilinear). A negative length runs back from start: a mirror.
-    """
+    """Matrices (N, size_out, size_in) that cut pixels [start, start + length) (N,) out of a line and resize them. A row
+    is a triangle around the center of its output pixel, as wide as that pixel where the line shrinks (antialiasing) and
+    as an input pixel where it grows (bilinear). A negative length runs back from start: a mirror."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size_out
     center = (torch.arange(size_out, device=start.device) + 0.5)[:, None] * scale  # (N, size_out, 1), from start
@@ -556,10 +515,8 @@ def resize_weights(start, length, size_in, size_out):
 
 
 def resized_crop(images, boxes, size, flip):
-    """Crops, resizes and mirrors: boxes (N, 4) are top, left, height, width in whole pixels, flip (N,) booleans.
-
-    -> (N, C, size, size), equal to torchvision's resized_crop with antialias=True, then horizontal_flip.
-    """
+    """Crops, resizes and mirrors -> (N, C, size, size), equal to torchvision's resized_crop with antialias=True, then
+    horizontal_flip. boxes (N, 4): top, left, height and width in whole pixels; flip (N,): booleans."""
     top, left, height, width = boxes.unbind(1)
     left, width = torch.where(flip, left + width, left), torch.where(flip, -width, width)
     rows = resize_weights(top, height, images.shape[2], size)
@@ -567,11 +524,9 @@ def resized_crop(images, boxes, size, flip):
 
 
 def random_boxes(count, H, W, scale, ratio, generator):
-    """Boxes (count, 4) as in Inception: a fraction of the area from `scale`, an aspect log-uniform in `ratio`.
-
-    Of ten tries the first that fits an H x W image counts; without one it is the whole image, which is what
-    torchvision's RandomResizedCrop does with square images.
-    """
+    """Boxes (count, 4) as in Inception: a fraction of the area from `scale`, an aspect log-uniform in `ratio`. Of ten
+    tries the first that fits an H x W image counts; without one it is the whole image, as torchvision's
+    RandomResizedCrop has it for square images."""
     area = H * W * uniform(*scale, (count, 10), generator)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), (count, 10), generator).exp()  # width over height
     height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (count, 10)
@@ -588,7 +543,7 @@ def random_resized_crop(images, size, generator, scale=(0.08, 1.0), ratio=(3 / 4
     """A random box of each image at (size, size), mirrored with probability `flip`: (N, C, size, size)."""
     N, _, H, W = images.shape
     boxes = random_boxes(N, H, W, scale, ratio, generator)
-    return resized_crop(images, boxes, size, coin(flip, N, generator))
+    return resized_crop(images, boxes, size, uniform(0, 1, (N,), generator) < flip)
 
 
 def random_crop(images, padding, generator, flip=0.5):
@@ -598,7 +553,7 @@ def random_crop(images, padding, generator, flip=0.5):
         raise ValueError(f"images of {S} x {W} are not square")
     corners = uniform(0, 2 * padding + 1, (N, 2), generator).floor()  # top and left
     boxes = torch.cat([corners, torch.full_like(corners, S)], dim=1)
-    return resized_crop(F.pad(images, [padding] * 4), boxes, S, coin(flip, N, generator))
+    return resized_crop(F.pad(images, [padding] * 4), boxes, S, uniform(0, 1, (N,), generator) < flip)
 
 
 def blur_weights(sigma, size, radius):
@@ -625,11 +580,10 @@ def random_gaussian_blur(images, generator, sigma=(0.1, 2.0), p=0.5):
     """With probability p; the kernel is a tenth of the image's side, at least 3 (SimCLR, appendix A)."""
     N, _, H, _ = images.shape
     strength = uniform(*sigma, (N,), generator)
-    strength = torch.where(coin(p, N, generator), strength, 1e-3)  # a thousandth of a pixel: the image itself
+    strength = torch.where(
+        uniform(0, 1, (N,), generator) < p, strength, 1e-3
+    )  # a thousandth of a pixel: the image itself
     return gaussian_blur(images, strength, max(3, H // 20 * 2 + 1))
-
-
-# --- Color ---------------------------------------------------------------------------------------------------------
 
 
 def luma(images):
@@ -640,22 +594,21 @@ def luma(images):
 
 def random_grayscale(images, generator, p=0.2):
     """Takes the color from an image with probability p; equal to torchvision's rgb_to_grayscale."""
-    return torch.where(coin(p, len(images), generator)[:, None, None, None], luma(images), images)
+    chosen = uniform(0, 1, (len(images), 1, 1, 1), generator) < p
+    return torch.where(chosen, luma(images), images)
 
 
 def random_solarize(images, generator, threshold=0.5, p=0.2):
     """Inverts values from `threshold` on with probability p for each image; equal to torchvision's solarize."""
-    chosen = coin(p, len(images), generator)[:, None, None, None]
+    chosen = uniform(0, 1, (len(images), 1, 1, 1), generator) < p
     return torch.where(chosen & (images >= threshold), 1 - images, images)
 
 
 def adjust_hue(images, shift):
-    """Turns hues by shift (N,), in whole circles from -0.5 to 0.5; HSV's value and saturation stay.
-
-    On HSV's circle red lies at 0, green at 1/3 and blue at 2/3. A channel is full within 1/6 of its own hue, falls
-    over the next 1/6 and is empty beyond. Distance from red is therefore 1 - r + g + b in sixths, of channels
-    stretched to [0, 1], and g - b tells the side. In place where it can be: memory is what this costs.
-    """
+    """Turns hues by shift (N,), in whole circles from -0.5 to 0.5; HSV's value and saturation stay. On HSV's circle red
+    lies at 0, green at 1/3 and blue at 2/3. A channel is full within 1/6 of its own hue, falls over the next 1/6 and is
+    empty beyond. Distance from red is therefore 1 - r + g + b in sixths, of channels stretched to [0, 1], and g - b
+    tells the side. In place where it can be: memory is what this costs."""
     r, g, b = images.split(1, dim=1)
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = high - low
@@ -669,12 +622,11 @@ def adjust_hue(images, shift):
 def color_jitter(images, factors, order):
     """Brightness, contrast, saturation and hue, in an order of its own for each image, as ColorJitter's.
 
-    factors (N, 4): three factors around 1, and the shift of the hue around 0. order (N, 4): in each row a
-    permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
-
-    The first three mix a color c with black, the mean gray of the image, or its own gray: M c + b, cut to [0, 1].
-    All images walk through three such steps before the hue is turned and three after it; with factor 1 those that
-    are on the other side of an image's own turn leave it as it is. So the hue, which costs most, is turned once.
+    factors (N, 4): three factors around 1, and the shift of the hue around 0. order (N, 4): in each row a permutation
+    of 0 brightness, 1 contrast, 2 saturation, 3 hue. The first three mix a color c with black, the mean gray of the
+    image, or its own gray: M c + b, cut to [0, 1]. All images walk through three such steps before the hue is turned
+    and three after it; with factor 1 those that are on the other side of an image's own turn leave it as it is. So the
+    hue, which costs most, is turned once.
     """
     place = torch.arange(4, device=images.device)
     turn = (order == 3).int().argmax(1, keepdim=True)  # (N, 1)
@@ -697,17 +649,14 @@ def color_jitter(images, factors, order):
 
 def random_color_jitter(images, generator, brightness, contrast, saturation, hue, p=0.8):
     """ColorJitter(brightness, contrast, saturation, hue) with probability p for each image."""
-    N, draw = len(images), coin(p, len(images), generator)
-    factors = [
-        torch.where(draw, uniform(max(0, 1 - spread), 1 + spread, (N,), generator), 1.0)
-        for spread in (brightness, contrast, saturation)
-    ]
-    factors.append(torch.where(draw, uniform(-hue, hue, (N,), generator), 0.0))
+    N = len(images)
+    chosen = uniform(0, 1, (N,), generator) < p
+    ranges = [(max(0, 1 - spread), 1 + spread, 1.0) for spread in (brightness, contrast, saturation)]
+    ranges.append((-hue, hue, 0.0))  # low, high and what changes nothing
+    factors = [torch.where(chosen, uniform(low, high, (N,), generator), same) for low, high, same in ranges]
     order = uniform(0, 1, (N, 4), generator).argsort(1)
     return color_jitter(images, torch.stack(factors, dim=1), order)
 
-
-# --- Normalization --------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 

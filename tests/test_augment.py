@@ -60,7 +60,7 @@ def test_resized_crop(generator, shape, size):
     boxes = common.random_boxes(N, *shape, (0.05, 1.0), (0.5, 2.0), generator)
     boxes[0] = torch.tensor([0, 0, *shape])
     boxes[1] = torch.tensor([5, 6, 1, 1])
-    flip = common.coin(0.5, N, generator)
+    flip = torch.rand(N, generator=generator) < 0.5
 
     def one(image, box, mirrored):
         image = TF.resized_crop(image, *box.int().tolist(), [size, size], antialias=True)
@@ -124,13 +124,13 @@ def test_neutral_color_jitter_is_exact_but_for_the_hue(images):
 
 
 def test_random_grayscale(images):
-    chosen = common.coin(0.5, N, torch.Generator().manual_seed(1))
+    chosen = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
     expected = each(lambda x, c: TF.rgb_to_grayscale(x, 3) if c else x, images, chosen)
     torch.testing.assert_close(common.random_grayscale(images, torch.Generator().manual_seed(1), p=0.5), expected)
 
 
 def test_random_solarize(images):
-    chosen = common.coin(0.5, N, torch.Generator().manual_seed(1))
+    chosen = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
     expected = each(lambda x, c: TF.solarize(x, 0.4) if c else x, images, chosen)
     torch.testing.assert_close(common.random_solarize(images, torch.Generator().manual_seed(1), 0.4, p=0.5), expected)
 

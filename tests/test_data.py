@@ -249,7 +249,7 @@ def test_npz_of_images_alone(tmp_path, capsys):
 
 
 def test_unknown_name():
-    with pytest.raises(common.UserError, match="--dataset cifar: is not shapes, cifar10"):
+    with pytest.raises(common.UserError, match="--dataset cifar: not shapes, cifar10"):
         common.load_dataset("cifar")
 
 
@@ -490,7 +490,7 @@ def test_a_transparent_color_of_a_palette_is_white(tmp_path):
 )
 def test_what_would_be_all_white_or_all_black_is_refused(tmp_path, image, values):
     Image.fromarray(image).save(tmp_path / "a.tif")
-    with pytest.raises(common.UserError, match=f"a.tif: not a readable image .its values are {values}"):
+    with pytest.raises(common.UserError, match=f"a.tif: not a readable image .its values run {values}"):
         common.decode_image(tmp_path / "a.tif", 8)
 
 
@@ -579,6 +579,21 @@ def test_odd_metadata_end_in_no_traceback(tmp_path):
         ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
     with pytest.raises(common.UserError, match="a.jpg: not a readable image"):
         common.decode_image(tmp_path / "a.jpg", 8)
+
+
+def test_the_good_ones_of_a_folder_without_classes_are_kept_too(tmp_path, monkeypatch):
+    for i in range(30):
+        save_image(tmp_path / f"mine/{i:02}.png", (i, i, i))
+    for i in (3, 20):
+        (tmp_path / f"mine/{i:02}.png").write_text("text")
+    with pytest.raises(common.UserError, match="03.png: not a readable image.*20.png"):
+        common.load_dataset(str(tmp_path / "mine"), tmp_path / "cache", 8)
+    for i in (3, 20):
+        (tmp_path / f"mine/{i:02}.png").unlink()
+    decoded = count_decoded(monkeypatch)
+    data = common.load_dataset(str(tmp_path / "mine"), tmp_path / "cache", 8)
+    values = torch.cat([data.train_images, data.test_images])[:, 0, 0, 0].tolist()
+    assert decoded == [] and sorted(values) == [i for i in range(30) if i not in (3, 20)]
 
 
 def test_all_bad_images_are_named_at_once_and_the_others_are_kept(folder, tmp_path, monkeypatch):

@@ -368,7 +368,7 @@ def test_the_recipe_of_a_path_goes_by_the_size_and_number_of_its_images(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--dataset", "cifar"], "--dataset cifar: is not shapes"),
+        (["--dataset", "cifar"], "--dataset cifar: not shapes"),
         (["--dataset", "none.npz"], "none.npz: no such file"),
         (["--batch-size", "4097"], "--batch-size 4097: at most the 4096 images, in equal parts for 1 process"),
         (["--batch-size", "1"], "--batch-size 1: must be from 2 to inf"),

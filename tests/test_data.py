@@ -481,7 +481,7 @@ def test_a_transparent_color_of_a_palette_is_white(tmp_path):
     ("image", "values"),
     [
         ((4095 * RAMP).astype(np.uint16), "from 0 to 0.0625"),
-        ((1000 * RAMP - 500).astype(np.int32), "from -0.00763"),
+        ((65535 * RAMP - 500).astype(np.int32), "from -0.00763"),
         ((10**6 * RAMP).astype(np.int32), "from 0 to 15.3"),
         ((255 * RAMP).astype(np.float32), "from 0 to 255"),
         (np.full((8, 8), np.nan, np.float32), "from nan to nan"),

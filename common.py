@@ -220,7 +220,7 @@ def folder_dataset(root, data_dir, image_size):
             raise UserError(f"{root}: test images lie in {min(unknown) or 'no folder'}, which is no class of train/")
         train_labels, test_labels = (torch.tensor(np.searchsorted(classes, [of[n] for n in p])) for p in (train, test))
     if not train or not test:
-        raise UserError(f"{root}: {len(names)} images are too few to hold some out as test images")
+        raise UserError(f"{root}: too few images, {len(names)}, to hold some out as test images")
     train_images, test_images = decode(root, [train, test], data_dir, image_size)
     skipped = ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count)
     note = f"{len(classes) or 'no'} classes{how}" + (f"; left out: {skipped}" if skipped else "")
@@ -228,11 +228,9 @@ def folder_dataset(root, data_dir, image_size):
 
 
 def captioned_dataset(file, data_dir, image_size):
-    """Rows image,caption or image,caption,split below such a header; images beside the file or in images/ there.
-
-    A split is train, val or test. Without that column a hash of its name puts an image into one of them, 8 in 10 into
-    train, so that neither the order of the rows nor further rows move it.
-    """
+    """Rows image,caption or image,caption,split below such a header; images beside the file or in images/ there. Splits
+    are train, val and test. Without that column a hash of its name puts an image into one of them, 8 in 10 into train,
+    so that neither the order of the rows nor further rows move it."""
     root, rows, found, splits, captions, problems = file.parent, [], {}, {}, {}, []
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -265,7 +263,7 @@ def captioned_dataset(file, data_dir, image_size):
     refuse(problems)
     groups = [sorted(name for name in splits if splits[name] == split) for split in ("train", "test", "val")]
     if not groups[0] or not groups[1]:
-        raise UserError(f"{file}: {len(splits)} images, but none in train or none in test; say which in a column split")
+        raise UserError(f"{file}: none of {len(splits)} images is in train, or none in test; a column split can say so")
     images, texts = decode(root, groups, data_dir, image_size), [[captions[n] for n in group] for group in groups]
     nothing, note = torch.empty(0, dtype=torch.int64), f"{len(groups[2])} for validation, {len(rows)} captions"
     val = (images[2], texts[2]) if groups[2] else (None, None)
@@ -280,7 +278,8 @@ def text_hash(text):
 def refuse(problems):
     """Raises UserError of the first ten problems and how many more there are, if there are any."""
     if problems:
-        raise UserError("; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""))
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise UserError("; ".join([*problems[:10], *more, "mend them or take them out"]))
 
 
 def list_images(root):
@@ -335,7 +334,7 @@ def decode(root, groups, data_dir, size):
                     former.unlink()
         except OSError as error:
             raise UserError(f"--data-dir {data_dir}: cannot be written ({error.strerror})") from None
-    refuse(problems)
+    refuse(sorted(problems))
     images = torch.from_file(str(path), False, len(names) * size * size * 3, dtype=torch.uint8)
     return images.view(-1, size, size, 3).permute(0, 3, 1, 2).split([len(group) for group in groups])
 
@@ -356,7 +355,7 @@ def decode_image(file, size):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # decoders fail in many ways
-        raise UserError(f"{file}: not a readable image ({error}); mend it or take it out") from None
+        raise UserError(f"{file}: not a readable image ({error})") from None
 
 
 # --- Shapes: small images drawn by code -----------------------------------------------------------------------------

@@ -604,7 +604,7 @@ def test_all_bad_images_are_named_at_once_and_the_others_are_kept(folder, tmp_pa
         common.load_dataset(str(folder), tmp_path / "cache", 16)
     message = str(caught.value)
     assert all(f"{file}: not a readable image" in message for file in bad[:10]) and str(bad[10]) not in message
-    assert message.endswith("; and 2 more") and "\n" not in message
+    assert message.endswith("; and 2 more; mend them or take them out") and "\n" not in message
     for file in bad:
         file.unlink()
     decoded = count_decoded(monkeypatch)
@@ -653,10 +653,10 @@ def test_bad_folders(folder, tmp_path):
         common.load_dataset(str(folder), tmp_path / "cache")
     for name in ("cat/a.png", "dog/c.png"):  # whose hashes are not among the fifth
         save_image(tmp_path / "two" / name)
-    with pytest.raises(common.UserError, match="two: 2 images are too few to hold some out as test images"):
+    with pytest.raises(common.UserError, match="two: too few images, 2, to hold some out as test images"):
         common.load_dataset(str(tmp_path / "two"), tmp_path / "cache")
     save_image(tmp_path / "one/a.png")
-    with pytest.raises(common.UserError, match="one: 1 images are too few"):
+    with pytest.raises(common.UserError, match="one: too few images, 1, to hold"):
         common.load_dataset(str(tmp_path / "one"), tmp_path / "cache")
 
 
@@ -736,8 +736,8 @@ GOOD = ["00.png,a thing,train", "01.png,a thing,test"]
         ([HEADER, *GOOD, "images/00.png,another caption,test"], "row 4: images/00.png is in test here, but in train"),
         ([HEADER, *GOOD, "images/../images/00.png,a thing,test"], "row 4: images/../images/00.png is in test here"),
         ([HEADER, *GOOD, '02.png,"a "thing"",train'], "cannot be read as CSV in UTF-8 after 2 rows"),
-        ([HEADER, GOOD[0]], "1 images, but none in train or none in test; say which in a column split"),
-        (["image,caption", "00.png,a thing"], "1 images, but none in train or none in test"),
+        ([HEADER, GOOD[0]], "none of 1 images is in train, or none in test; a column split can say so"),
+        (["image,caption", "00.png,a thing"], "none of 1 images is in train, or none in test"),
     ],
 )
 def test_bad_captions_are_named_by_file_and_row(captioned, rows, message):
@@ -757,7 +757,7 @@ def test_all_bad_captions_are_named_at_once(captioned):
         captioned([HEADER, *GOOD, *(f"{i}.png,a thing,train" for i in range(900, 915))])
     message = str(caught.value)
     assert "row 4: there is no image 900.png" in message and "row 13: there is no image 909.png" in message
-    assert "910.png" not in message and message.endswith("; and 5 more")
+    assert "910.png" not in message and message.endswith("; and 5 more; mend them or take them out")
 
 
 def test_captions_in_another_encoding(captioned):

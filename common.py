@@ -194,9 +194,9 @@ def download(name, path):
 
 
 def folder_dataset(root, data_dir, image_size):
-    """captions.csv; or train/<class>/* with test/<class>/* or val/<class>/*, in any capitals; or train/<class>/* or
-    <class>/* alone, where a hash of its name makes one image in five a test image; or images without classes: those of
-    train/ if it is there, and for a test those of test/ or else a tenth."""
+    """captions.csv; or train/<class>/* with test/<class>/* or val/<class>/*; or train/<class>/* or <class>/* alone, of
+    which a hash of its name makes one image in five a test image; or images without classes: those of train/ if it is
+    there, and for a test those of test/ or else a tenth. Capitals do not matter, and train2017 is train too."""
     for name in ("captions.csv", "captions.txt"):
         if (root / name).exists():
             return captioned_dataset(root / name, data_dir, image_size)
@@ -207,8 +207,8 @@ def folder_dataset(root, data_dir, image_size):
     if not train:
         train, test, depth = names, [], 0
     left_out["images elsewhere"] = len(names) - len(train) - len(test)
-    of = {name: (below[name][depth:] + [""])[0] for name in train + test}
-    classes = sorted({of[name] for name in train})
+    label = {name: (below[name][depth:] + [""])[0] for name in train + test}
+    classes = sorted({label[name] for name in train})
     if "" in classes or len(classes) == 1:  # nothing to tell apart
         train, test = (train, test) if test else hold_out(sorted(train, key=text_hash))
         classes, train_labels, test_labels = [], torch.empty(0, dtype=torch.int64), torch.arange(len(test))
@@ -216,9 +216,10 @@ def folder_dataset(root, data_dir, image_size):
         if not test:
             how = ", split 80 : 20 by a hash of the names"
             train, test = ([name for name in train if (text_hash(name) % 5 == 0) == held] for held in (False, True))
-        if unknown := {of[name] for name in test} - set(classes):
+        if unknown := {label[name] for name in test} - set(classes):
             raise UserError(f"{root}: test images lie in {min(unknown) or 'no folder'}, which is no class of train/")
-        train_labels, test_labels = (torch.tensor(np.searchsorted(classes, [of[n] for n in p])) for p in (train, test))
+        number = {name: k for k, name in enumerate(classes)}
+        train_labels, test_labels = (torch.tensor([number[label[n]] for n in part]) for part in (train, test))
     if not train or not test:
         raise UserError(f"{root}: too few images, {len(names)}, to hold some out as test images")
     train_images, test_images = decode(root, [train, test], data_dir, image_size)
@@ -271,7 +272,7 @@ def captioned_dataset(file, data_dir, image_size):
 
 
 def text_hash(text):
-    """A number that depends on the text alone."""
+    """A number that depends on the text alone, unlike Python's hash, which changes from process to process."""
     return int(hashlib.sha256(os.fsencode(text)).hexdigest(), 16)
 
 
@@ -579,9 +580,8 @@ def random_gaussian_blur(images, generator, sigma=(0.1, 2.0), p=0.5):
     """With probability p; the kernel is a tenth of the image's side, at least 3 (SimCLR, appendix A)."""
     N, _, H, _ = images.shape
     strength = uniform(*sigma, (N,), generator)
-    strength = torch.where(
-        uniform(0, 1, (N,), generator) < p, strength, 1e-3
-    )  # a thousandth of a pixel: the image itself
+    chosen = uniform(0, 1, (N,), generator) < p
+    strength = torch.where(chosen, strength, 1e-3)  # a thousandth of a pixel: the image itself
     return gaussian_blur(images, strength, max(3, H // 20 * 2 + 1))
 
 
@@ -640,7 +640,7 @@ def color_jitter(images, factors, order):
     for step in range(6):
         if step == 3:
             x = adjust_hue(x.view(images.shape), factors[:, 3]).flatten(2)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):  # as in separable
             b = of_image[:, step] @ x.mean(2, keepdim=True)  # (N, 1, 1)
             x = torch.baddbmm(b, of_pixel[:, step], x).clamp_(0, 1)
     return x.view(images.shape)
@@ -670,7 +670,7 @@ def normalize(images):
 
 @contextlib.contextmanager
 def compile_operators(wanted):
-    """Within it the operators that work on whole images are compiled, if wanted: one kernel in place of dozens."""
+    """Within it the operators that work on whole images are compiled, if wanted: a few kernels in place of dozens."""
     plain = resized_crop, gaussian_blur, color_jitter
     globals().update({operator.__name__: torch.compile(operator) for operator in plain if wanted})
     try:

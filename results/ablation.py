@@ -1,24 +1,26 @@
-"""A table of the lecture at the demo's budget: every row with several seeds, mean and deviation.
+"""A table of the lecture at the demo's budget: each row with several seeds, mean and standard deviation.
 
     python results/ablation.py moco                  table 1 of MoCo v2: MLP head, aug+, cosine schedule
-    python results/ablation.py mae-mask-token        a column of MAE's design choices; the others are listed below
-    python results/ablation.py mae-mask-token --record results/mae-mask-token.json
+    python results/ablation.py mae-mask-token        one of MAE's design choices; TABLES has the others
+    python results/ablation.py clip-split --seeds 0  Flickr8k split by image, and by caption, which is a leak
+    python results/ablation.py moco --record results/moco-ablation.json
 
-Each run is that of the bare script with the flags of its row, in runs/ablation-<script>-<flags>-seed<seed>; what is
-finished there is not run again. Some of MAE's rows change a part of mae.py, see CHANGES. Of its table (d) the PCA and
-dVAE targets are left out.
+A run is a script with the flags of its row, in a process of its own, since all compiled models of one process share a
+limit of recompilations. It stands in runs/ablation-<commit>/, so that no table mixes versions: one that is finished is
+not run again, one that was stopped goes on. For rows that no flag makes, CHANGES replaces a part of the script.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import re
 import shlex
 import statistics
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -80,31 +82,48 @@ def cropped_and_jittered(images, args, generator, cropped=mae.augmented):
     return common.random_color_jitter(cropped(images, args, generator), generator, 0.4, 0.4, 0.4, 0.1)
 
 
-CHANGES = {  # of mae.py, for rows that no flag makes
-    "": {},
-    "encode-mask-tokens": {"MaskedAutoencoder": EncodesMaskTokens},
-    "block": {"random_masking": block_masking},
-    "grid": {"random_masking": grid_masking},
-    "augment-none": {"augmented": not_augmented},
-    "crop-fixed": {"augmented": shifted},
-    "crop-color": {"augmented": cropped_and_jittered},
+def split_by_caption(*args, load=common.load_dataset):
+    """The test images are trained on as well, with all captions but one, which is tested: the first of the first image,
+    the second of the next, and so on, since a file may sort them."""
+    data = load(*args)
+    tested = [(i % len(texts), texts) for i, texts in enumerate(data.test_captions)]
+    return dataclasses.replace(
+        data,
+        train_images=torch.cat([data.train_images, data.test_images]).contiguous(memory_format=torch.channels_last),
+        train_captions=data.train_captions + [texts[:i] + texts[i + 1 :] for i, texts in tested],
+        test_captions=[[texts[i]] for i, texts in tested],
+    )
+
+
+CHANGES = {  # what stands in which place
+    "": (),
+    "encode-mask-tokens": (mae, "MaskedAutoencoder", EncodesMaskTokens),
+    "block": (mae, "random_masking", block_masking),
+    "grid": (mae, "random_masking", grid_masking),
+    "augment-none": (mae, "augmented", not_augmented),
+    "crop-fixed": (mae, "augmented", shifted),
+    "crop-color": (mae, "augmented", cropped_and_jittered),
+    "split-by-caption": (common, "load_dataset", split_by_caption),
 }
 
-# script: flags of all runs, and what is measured
-SCRIPTS = {
-    "moco": ("", ("linear_probe", "knn")),
+# method: flags of all its runs, and what the printed table shows of them
+METHODS = {
+    "moco": ("--warmup 0", ("linear_probe", "knn")),
     "mae": ("--fine-tune", ("fine_tuned", "linear_probe", "from_scratch")),
-}
+    "clip": ("--dataset data/flickr8k --encoder small --eval-every 5", (
+                 "text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")),
+}  # fmt: skip
 
-# script and table: rows of a name, flags, the lecture's numbers in percent, for mae fine-tuned and linear, and a change
-# of CHANGES; a row without flags and change is the bare script, so that tables share its runs
+# table: rows of a name, flags, the paper's numbers in percent (ImageNet), and a change; tables of a method share the
+# runs of equal rows. MoCo's have the temperature that is best for their head in the paper, and are linear probes; MAE's
+# are fine-tuned and linear; of its table (d) the PCA and dVAE targets are left out.
 TABLES = {
     "moco": [
-        ("v1", "--no-mlp --no-aug-plus --no-cos", [60.6]),
-        ("(a) MLP", "--mlp --no-aug-plus --no-cos", [66.2]),
-        ("(b) aug+", "--no-mlp --aug-plus --no-cos", [63.4]),
-        ("(c) MLP, aug+", "--mlp --aug-plus --no-cos", [67.3]),
-        ("(d) MLP, aug+, cos", "--mlp --aug-plus --cos", [67.5]),
+        ("v1", "--no-mlp --no-aug-plus --no-cos --temperature 0.07", [60.6]),
+        ("(a) MLP", "--mlp --no-aug-plus --no-cos --temperature 0.2", [66.2]),
+        ("(b) aug+", "--no-mlp --aug-plus --blur 0.5 --no-cos --temperature 0.07", [63.4]),
+        ("(c) MLP, aug+", "--mlp --aug-plus --blur 0.5 --no-cos --temperature 0.2", [67.3]),
+        ("(d) MLP, aug+, cos", "--mlp --aug-plus --blur 0.5 --cos --temperature 0.2", [67.5]),
     ],
     "mae-mask-ratio": [
         ("25 %", "--mask-ratio 0.25", []),
@@ -119,7 +138,7 @@ TABLES = {
         ("8 blocks", "--decoder-depth 8", [84.9, 73.5]),
         ("12 blocks", "--decoder-depth 12", [84.4, 73.3]),
     ],
-    "mae-decoder-dim": [  # the lecture's beside an encoder of 1024, ours beside 96
+    "mae-decoder-dim": [  # the paper's beside an encoder of 1024, ours beside 96
         ("128", "--decoder-dim 12", [84.9, 69.1]),
         ("256", "--decoder-dim 24", [84.8, 71.3]),
         ("512", "--decoder-dim 48", [84.9, 73.5]),
@@ -146,29 +165,35 @@ TABLES = {
         ("block 75", "", [82.8, 63.9], "block"),
         ("grid 75", "", [84.0, 66.0], "grid"),
     ],
+    "clip-split": [
+        ("by image", "", []),
+        ("by caption", "", [], "split-by-caption"),
+    ],
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def changed(script, parts):
-    """Some functions and classes of a script are others for a while."""
-    before = {name: getattr(script, name) for name in parts}
-    vars(script).update(parts)
-    try:
-        yield
-    finally:
-        vars(script).update(before)
+def train(method, flags, change, folder):
+    """A run of METHOD.py in this folder, begun or continued, with a part of it replaced."""
+    if change:
+        setattr(*CHANGES[change])
+    script = importlib.import_module(method)
+    begun = (folder / "checkpoint.pt").exists()
+    args = script.parse_args([*flags, "--resume" if begun else "--out", str(folder)])
+    args.command = shlex.join(["python", *sys.argv])
+    script.main(args)
 
 
-def run(script, flags, change, out):
-    """The summary of a run: of the one that lies there finished, or of a new one."""
-    if not (out / "summary.json").exists():
-        begun = (out / "checkpoint.pt").exists()
-        args = script.parse_args([*flags, "--resume" if begun else "--out", str(out)])
-        args.command = shlex.join(["python", *sys.argv])
-        with changed(script, CHANGES[change]):
-            script.main(args)
-    return json.loads((out / "summary.json").read_text())
+def measure(method, flags, change, seed, commit):
+    """The run of a row with a seed, trained if it is not there -> its record."""
+    slug = "-".join(filter(None, (method + re.sub("[^a-z0-9.]+", "-", flags), change)))
+    folder = Path(f"runs/ablation-{commit[:7]}/{slug}-seed{seed}")
+    if not (folder / "summary.json").exists():
+        every_flag = [*f"{METHODS[method][0]} {flags}".split(), "--seed", str(seed)]
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            process.apply(train, (method, every_flag, change, folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    about = {key: summary[key] for key in ("date", "device", "threads", "torch", "total_seconds")}
+    return {"seed": seed, "commit": commit} | about | summary["history"][-1] | summary["trained"]
 
 
 def spread(values):
@@ -182,35 +207,25 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args()
-    name = args.table.split("-")[0]
-    (all_flags, keys), script, rows = SCRIPTS[name], importlib.import_module(name), []
-    for case, flags, lecture, *change in TABLES[args.table]:
+    git = "git describe --always --dirty --exclude '*' --abbrev=40"
+    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        sys.exit("error: commit your changes first: a run is named after the commit of its code")
+    method, rows = args.table.split("-")[0], []
+    flags_of_all, columns = METHODS[method]
+    for case, flags, paper, *change in TABLES[args.table]:
         change = "".join(change)
-        row = {"case": case, "flags": flags, "change": change, "lecture": [number / 100 for number in lecture]}
-        slug = "-".join(filter(None, (name + re.sub("[^a-z0-9.]+", "-", flags), change)))
-        folders = [Path(f"runs/ablation-{slug}-seed{seed}") for seed in args.seeds]
         try:
-            runs = [
-                run(script, [*f"{all_flags} {flags}".split(), "--seed", str(seed)], change, folder)
-                for seed, folder in zip(args.seeds, folders, strict=True)
-            ]
-        except script.UserError as error:
+            runs = [measure(method, flags, change, seed, commit) for seed in args.seeds]
+        except common.UserError as error:
             sys.exit(f"error: {error}")
-        for key in keys:
-            row[key] = [summary["trained"][key] for summary in runs]
-        rows.append(row)
-    print(f"\n{'':24}{'lecture':>16}" + "".join(f"{key:>18}" for key in keys))
+        row = {"case": case, "flags": f"{flags_of_all} {flags}".strip(), "change": change}
+        rows.append(row | {"paper": [number / 100 for number in paper], "runs": runs})
+    print(f"\n{'':20}{'paper':>16}" + "".join(f"{column:>19}" for column in columns))
     for row in rows:
-        lecture = " / ".join(f"{number:.1%}" for number in row["lecture"])
-        print(f"{row['case']:24}{lecture:>16}" + "".join(f"{spread(row[key]):>18}" for key in keys))
+        paper = " / ".join(f"{number:.1%}" for number in row["paper"])
+        cells = [spread([run[column] for run in row["runs"]]) for column in columns]
+        print(f"{row['case']:20}{paper:>16}" + "".join(f"{cell:>19}" for cell in cells))
     if args.record:
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": runs[0]["device"],
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "seeds": args.seeds,
-            "rows": rows,
-        }
-        args.record.write_text(json.dumps(record, indent=2) + "\n")
+        content = {"command": shlex.join(["python", *sys.argv]), "rows": rows}
+        args.record.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,12 @@
 """The tables of the lecture: every row and seed is run once, and the record holds what was measured."""
 
+import importlib
 import json
+import multiprocessing
 import runpy
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,57 +20,114 @@ ABLATION = Path(__file__).parent.parent / "results/ablation.py"
 PARTS = runpy.run_path(str(ABLATION))
 
 
-def test_the_table_of_moco(tmp_path, monkeypatch, capsys):
-    ran = []
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs of the scripts are not trained, but noted: (process, arguments, class of the model of mae.py)."""
+    runs, processes = [], []
+
+    class Process:  # of the tests themselves, in the place of a new one
+        def __init__(self, method, count):
+            processes.append((method, count))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def apply(self, function, arguments):
+            function(*arguments)
 
     def main(args):
-        ran.append((args.mlp, args.aug_plus, args.cos, args.seed))
+        runs.append((len(processes), args, mae.MaskedAutoencoder.__name__))
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        score = (args.mlp + args.aug_plus + args.cos) / 10 + args.seed / 100
-        summary = {"trained": {"linear_probe": score, "knn": score / 2}, "device": "cpu"}
-        (Path(args.out) / "summary.json").write_text(json.dumps(summary))
+        summary = dict.fromkeys(("date", "device", "threads", "torch", "total_seconds"), "as it was")
+        scores = ("linear_probe", "knn", "fine_tuned", "from_scratch")
+        trained = {name: (len(runs) + place) / 100 for place, name in enumerate(scores)}
+        Path(args.out, "summary.json").write_text(json.dumps(summary | {"trained": trained, "history": [{"loss": 2}]}))
 
+    def commit(*_, **__):
+        return subprocess.CompletedProcess([], 0, stdout=commits[-1] + "\n")
+
+    commits = ["0123456789" * 4]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(moco, "main", main)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "moco", "--seeds", "0", "2", "--record", "table.json"])
-    runpy.run_path(str(ABLATION), run_name="__main__")
+    monkeypatch.setattr(mae, "main", main)
+    monkeypatch.setattr(mae, "MaskedAutoencoder", mae.MaskedAutoencoder)  # what a run replaces is put back
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda way: types.SimpleNamespace(Pool=lambda n: Process(way, n))
+    )
+    monkeypatch.setattr(subprocess, "run", commit)
+
+    def ablation(*words):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
+        runpy.run_path(str(ABLATION), run_name="__main__")
+        return runs, commits
+
+    return ablation
+
+
+def test_the_table_of_moco(ran, capsys):
+    runs, commits = ran("moco", "--seeds", "0", "2", "--record", "table.json")
     cases = [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (True, True, True)]
-    assert ran == [(*case, seed) for case in cases for seed in (0, 2)]
-    out = capsys.readouterr().out
-    assert "31.0% ± 1.4%" in out and "15.5% ± 0.7%" in out and "67.5%" in out
+    found = [(args.mlp, args.aug_plus, args.cos, args.seed) for _, args, _ in runs]
+    assert found == [(*case, seed) for case in cases for seed in (0, 2)]
+    assert [n for n, _, _ in runs] == list(range(1, 11))  # each in a process of its own
+    for _, args, _ in runs:
+        expected = (0.2 if args.mlp else 0.07, 0.5 if args.aug_plus else 0, 0)
+        assert (
+            args.temperature,
+            args.blur,
+            args.warmup,
+        ) == expected and "/ablation.py moco --seeds 0 2" in args.command
+    out = capsys.readouterr().out.splitlines()
+    assert " ".join(out[-1].split()) == "(d) MLP, aug+, cos 67.5% 9.5% ± 0.7% 10.5% ± 0.7%"
     rows = json.loads(Path("table.json").read_text())["rows"]
-    assert rows[4]["linear_probe"] == [0.3, 0.32] and rows[0]["lecture"] == [0.606]
-    runpy.run_path(str(ABLATION), run_name="__main__")
-    assert len(ran) == 10  # nothing is run again
-    begun = Path("runs/ablation-moco-no-mlp-no-aug-plus-no-cos-seed2")
+    assert [run["linear_probe"] for run in rows[4]["runs"]] == [0.09, 0.1] and rows[0]["paper"] == [0.606]
+    assert [(run["seed"], run["commit"], run["date"], run["loss"]) for run in rows[1]["runs"]] == [
+        (seed, commits[0], "as it was", 2) for seed in (0, 2)
+    ]
+
+
+def test_a_table_is_of_one_commit(ran):
+    runs, commits = ran("moco", "--seeds", "0", "2")
+    ran("moco", "--seeds", "2", "0")
+    assert len(runs) == 10  # what is finished is not run again
+    begun = Path(runs[1][1].out)
     (begun / "summary.json").rename(begun / "checkpoint.pt")
     (begun / "args.json").write_text("{}")
-    runpy.run_path(str(ABLATION), run_name="__main__")
-    assert ran[10:] == [(False, False, False, 2)] and (begun / "summary.json").exists()
+    ran("moco", "--seeds", "0", "2")
+    assert len(runs) == 11 and runs[10][1].resume == str(begun) and runs[10][1].seed == 2
+    commits.append("abcde" * 8)
+    ran("moco", "--seeds", "0", "2", "--record", "table.json")
+    assert len(runs) == 21 and "abcdeab" in runs[20][1].out
+    rows = json.loads(Path("table.json").read_text())["rows"]
+    assert {run["commit"] for row in rows for run in row["runs"]} == {commits[1]}
+    for unnamed in (commits[1] + "-dirty", ""):
+        commits.append(unnamed)
+        with pytest.raises(SystemExit, match="error: commit your changes first"):
+            ran("moco")
+    assert len(runs) == 21
 
 
-def test_a_table_of_mae(tmp_path, monkeypatch, capsys):
-    ran = []
+def test_a_table_of_mae(ran, capsys):
+    runs, _ = ran("mae-mask-token", "--seeds", "0")
+    ran("mae-target", "--seeds", "0")
+    assert [(args.fine_tune, model) for _, args, model in runs[:1]] == [(True, "EncodesMaskTokens")]
+    assert [args.target for _, args, _ in runs] == ["pixel", "pixel", "norm-pixel"]  # tables share the bare run
+    assert [Path(args.out).name for _, args, _ in runs] == [
+        "mae-encode-mask-tokens-seed0", "mae-seed0", "mae-target-norm-pixel-seed0"]  # fmt: skip
+    row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("encoder w/o [M]")][0]
+    assert " ".join(row.split()) == "encoder w/o [M] 84.9% / 73.5% 4.0% ± 0.0% 2.0% ± 0.0% 5.0% ± 0.0%"
 
-    def main(args):
-        changed = mae.MaskedAutoencoder.__name__ == "EncodesMaskTokens"
-        ran.append((args.fine_tune, changed, args.seed, args.command.split("/")[-1]))
-        Path(args.out).mkdir(parents=True)
-        score = 0.3 - changed / 10 + args.seed / 100
-        trained = {"linear_probe": score, "knn": 0, "fine_tuned": score + 0.4, "from_scratch": 0.1}
-        (Path(args.out) / "summary.json").write_text(json.dumps({"trained": trained, "device": "cpu"}))
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mae, "main", main)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "mae-mask-token", "--seeds", "0", "2"])
-    runpy.run_path(str(ABLATION), run_name="__main__")
-    command = "ablation.py mae-mask-token --seeds 0 2"
-    assert ran == [(True, changed, seed, command) for changed in (True, False) for seed in (0, 2)]
-    assert mae.MaskedAutoencoder.__name__ == "MaskedAutoencoder"
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert row.split("  ")[0] == "encoder w/o [M]" and "84.9% / 73.5%" in row
-    assert row.index("71.0% ± 1.4%") < row.index("31.0% ± 1.4%")  # fine-tuned first, as in the lecture
-    assert Path("runs/ablation-mae-encode-mask-tokens-seed2").exists() and Path("runs/ablation-mae-seed2").exists()
+def test_split_by_caption_learns_from_the_test_images_with_their_other_captions():
+    images, nothing = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2), torch.empty(0).long()
+    train, test = [["a"], ["b", "c"], ["d"]], [["e", "f", "g"], ["h", "i"]]
+    data = common.Dataset(images[:3], nothing, images[3:], nothing, [], train, test)
+    leaky = PARTS["split_by_caption"]("flickr8k", load=lambda name: {"flickr8k": data}[name])
+    assert torch.equal(leaky.train_images, images) and torch.equal(leaky.test_images, images[3:])
+    assert leaky.train_captions == [*train, ["f", "g"], ["h"]] and leaky.test_captions == [["e"], ["i"]]
 
 
 def test_with_mask_tokens_the_encoder_sees_all_tokens_but_no_masked_pixel():
@@ -124,8 +185,9 @@ def test_augmentations_of_the_table():
 
 def test_every_row_of_every_table_is_a_run():
     tables = PARTS["TABLES"]
-    assert len(tables) == 8
+    assert len(tables) == 9
     for table, rows in tables.items():
+        method = table.split("-")[0]
         for _, flags, _, *change in rows:
-            (moco if table == "moco" else mae).parse_args(flags.split())
+            importlib.import_module(method).parse_args(f"{PARTS['METHODS'][method][0]} {flags}".split())
             assert "".join(change) in PARTS["CHANGES"]

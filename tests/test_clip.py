@@ -475,19 +475,6 @@ def test_captioned_images_without_classes(few_shapes, tmp_path, capsys):
     assert 0 < summary["unknown_words"] < 0.5
 
 
-def test_leakage_learns_from_the_test_images_with_their_other_captions():
-    leak = runpy.run_path(str(ROOT / "results/leakage.py"))["leak"]
-    images, nothing = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2), torch.empty(0).long()
-    train, test = [["a"], ["b", "c"], ["d"]], [["e", "f", "g"], ["h", "i"]]
-    data = common.Dataset(images[:3], nothing, images[3:], nothing, [], train, test)
-    leaky = leak(data)
-    assert torch.equal(leaky.train_images, images) and torch.equal(leaky.test_images, images[3:])
-    assert leaky.train_captions == [*train, ["f", "g"], ["h"]] and leaky.test_captions == [["e"], ["i"]]
-    for other in (dict(test_captions=[["e"], ["h", "i"]]), dict(test_captions=None), dict(classes=["star"])):
-        with pytest.raises(common.UserError, match="two captions or more"):
-            leak(dataclasses.replace(data, **other))
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

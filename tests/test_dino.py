@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -214,7 +215,6 @@ def tiny_vit(image_size=16):
 
 
 def test_features_are_those_of_timm():
-    timm = pytest.importorskip("timm")
     encoder = tiny_vit()
     other = timm.models.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool=""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -156,7 +157,6 @@ def test_official_weights_load_strictly():
 
 
 def test_features_are_those_of_timm():
-    timm = pytest.importorskip("timm")
     encoder = small_model().encoder.eval()
     for p in encoder.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=generator())

@@ -58,7 +58,7 @@ def finish(figure, panels, out):
 
 
 def draw(runs, out):
-    """runs {name: lines} -> a picture with a panel for each quantity that they have."""
+    """runs {name: lines} -> a figure with a panel for each quantity that they have."""
     keys = [key for key in LABELS if any(key in line for lines in runs.values() for line in lines)]
     if not keys:
         raise ValueError("no epoch is logged yet")

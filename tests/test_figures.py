@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.axes
+import matplotlib.figure
 import pytest
 
 FIGURES = Path(__file__).parent.parent / "results/figures.py"
@@ -33,7 +34,7 @@ def test_curves_show_what_is_in_folders_and_records(tmp_path, monkeypatch):
     assert read(tmp_path / "run", "history") == LINES and read(tmp_path / "record.json", "history") == LINES[:2]
     drawn = []
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda _, x, y, **__: drawn.append((list(x), list(y))))
-    monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda *_, **__: None)
+    monkeypatch.setattr(matplotlib.figure.Figure, "legend", lambda *_, **__: None)
     draw({"run": read(tmp_path / "run", "history")}, tmp_path / "curves.png")
     assert drawn == [([1, 2, 3, 4], [4, 2, 4 / 3, 1]), ([1, 2, 3, 4], [1, 3, 5 - 4 / 3, 4]), ([2, 4], [0.2, 0.4])]
 

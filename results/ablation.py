@@ -207,6 +207,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args()
+    if args.record and not args.record.parent.is_dir():
+        parser.error(f"--record {args.record}: there is no such folder")
     git = "git describe --always --dirty --exclude '*' --abbrev=40"
     commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     if not re.fullmatch("[0-9a-f]{40}", commit):

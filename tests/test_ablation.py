@@ -110,6 +110,13 @@ def test_a_table_is_of_one_commit(ran):
     assert len(runs) == 21
 
 
+def test_a_record_that_could_not_be_written_is_refused_before_the_runs(ran, capsys):
+    with pytest.raises(SystemExit):
+        ran("moco", "--record", "nowhere/table.json")
+    assert "--record nowhere/table.json: there is no such folder" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_a_table_of_mae(ran, capsys):
     runs, _ = ran("mae-mask-token", "--seeds", "0")
     ran("mae-target", "--seeds", "0")

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RECORDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))}
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
+PAGES = {  # each paragraph in one line
+    name: re.sub(r"(?<=[^\n|])\n(?=[^\n|])", " ", (ROOT / name).read_text())
+    for name in ("README.md", "results/README.md")
+}
 KEYS = {"clip": ("linear_probe", None), "dino": ("linear_probe_with_mean", "knn_with_mean")}
 TITLES = {
     "simclr": "SimCLR", "moco": "MoCo v2", "rotnet": "RotNet, block 2", "mae": "MAE, patch tokens",
@@ -176,7 +179,7 @@ def losses():
     steps = record["args"]["epochs"] * (50_000 // record["args"]["batch_size"])
     yield f"{steps:,} for SimCLR on CIFAR-10"
     first, last = (record["history"][i]["loss"] for i in (0, -1))
-    yield f"{first:.2f}\nto {last:.2f} in {record['args']['epochs']} epochs"
+    yield f"{first:.2f} to {last:.2f} in {record['args']['epochs']} epochs"
 
 
 def size():

@@ -210,6 +210,12 @@ def test_linear_probe():
     assert simclr.linear_probe(x, shuffled, test, test_y) < 0.45  # chance is 0.33
 
 
+def test_linear_probe_reads_a_test_image_as_if_it_were_the_only_one():
+    x, y, test, test_y = probe_data(0.1)
+    alone = [simclr.linear_probe(x, y, test[i : i + 1], test_y[i : i + 1]) for i in range(12)]
+    assert alone == [1.0] * 12 and len(test_y[:12].unique()) == 3  # nothing is standardized by the test images
+
+
 def test_linear_probe_of_one_label_per_class_and_a_constant_feature():
     x, y, test, test_y = probe_data(0.02)
     rows = torch.stack([(y == label).nonzero()[0, 0] for label in range(3)])

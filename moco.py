@@ -74,7 +74,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     cos: bool = flag(True, "v2: cosine schedule; v1: lr / 10 after 60 %%, and again after 80 %%", action=SWITCH)
     bn_groups: int = flag(8, "groups of a batch with statistics of their own; paper: 8, one per GPU", 1)
     crop: float = flag(0.2, "smallest crop, as a fraction of the image's area; paper: 0.2", 0.01, 1)
-    gray: float = flag(0.2, "fraction of gray views; paper: 0.2", 0, 1)
+    gray: float = flag(0.1, "fraction of gray views; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "fraction of blurred views; v1: none, v2: 0.5, notebook: none", 0, 1)
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "of weights, batches and views", 0, 2**31)

@@ -45,10 +45,12 @@ def change(records, key):
 
 
 def main_table():
-    record = RECORDS["simclr-cifar10-seed0"]
-    values = [change([record], key) for key in ("linear_probe", "knn")]
-    seconds = f"pretraining {record['pretrain_seconds']:.0f} s"
-    yield row("SimCLR", "`python simclr.py --dataset cifar10 --compile`", *values, seconds, "H200")
+    for method in ("simclr", "moco"):
+        record = RECORDS[f"{method}-cifar10-seed0"]
+        assert record["command"].startswith(command := f"python {method}.py --dataset cifar10 --compile")
+        values = [change([record], key) for key in ("linear_probe", "knn")]
+        seconds = f"pretraining {record['pretrain_seconds']:.0f} s"
+        yield row(TITLES[method], f"`{command}`", *values, seconds, "H200")
     for method, title in TITLES.items():
         records = seeds(method)
         values = [change(records, key) for key in KEYS.get(method, ("linear_probe", "knn"))]

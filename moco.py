@@ -76,6 +76,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     crop: float = flag(0.2, "smallest crop, as a fraction of the image's area; paper: 0.2", 0.01, 1)
     gray: float = flag(0.1, "fraction of gray views; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "fraction of blurred views; v1: none, v2: 0.5, notebook: none", 0, 1)
+    half_size: float = flag(0.0, "fraction of the epochs, the first, with views of half the side; paper: none", 0, 1)
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "of weights, batches and views", 0, 2**31)
     device: str = flag("auto", "auto: cuda, else mps, else cpu")
@@ -87,12 +88,13 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
 
 
 # === Views ============================================================================================================
-def two_views(images, args, generator):
-    """uint8 (N, 3, S, S) -> float (2N, 3, S, S) in [0, 1]: the queries' views in rows 0 to N - 1, the keys' after them.
+def two_views(images, args, generator, size=None):
+    """uint8 (N, 3, S, S) -> float (2N, 3, size, size) in [0, 1]: queries' views, then keys'; size is S by default.
 
     v2 ("aug+") is SimCLR's augmentation; v1's, from InstDisc, takes the color first and jitters that of all views.
     """
-    x = common.random_resized_crop(images.repeat(2, 1, 1, 1) / 255, images.shape[3], generator, scale=(args.crop, 1.0))
+    x = images.repeat(2, 1, 1, 1) / 255
+    x = common.random_resized_crop(x, size or x.shape[3], generator, scale=(args.crop, 1.0))
     if args.aug_plus:
         x = common.random_color_jitter(x, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
         x = common.random_grayscale(x, generator, args.gray)
@@ -198,9 +200,10 @@ def pretrain(model, images, args, monitor):
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         order, generator = draws(args, epoch, images, device)
+        size = images.shape[3] // (2 if epoch <= args.half_size * args.epochs else 1)  # a quarter of the cost
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
-            x_q, x_k = common.normalize(two_views(batch, args, generator)).chunk(2)
+            x_q, x_k = common.normalize(two_views(batch, args, generator, size)).chunk(2)  # (N, 3, size, size)
             with autocast(device):
                 query, keys = query_encoder(x_q), model.keys(x_k, generator)  # no gradient to keys
             query, keys = (F.normalize(x.float(), dim=1) for x in (query, keys))  # (N, C), (WORLD N, C)

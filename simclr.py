@@ -74,6 +74,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     jitter_strength: float = flag(0.5, "strength of the color jitter; paper: 1, CIFAR-10 0.5", 0, 2.5)
     gray: float = flag(0.1, "fraction of gray views; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "fraction of blurred views; paper: 0.5, CIFAR-10 none", 0, 1)
+    half_size: float = flag(0.0, "fraction of the epochs, the first, with views of half the side; paper: none", 0, 1)
     labels: list = flag((), "fine-tune with few labels: 0.1 is a tenth of each class, 10 is ten per class", nargs="+")
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "of weights, batches, views and choice of labels", 0, 2**31)
@@ -86,14 +87,14 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
 
 
 # === Views ============================================================================================================
-def two_views(images, args, generator):
-    """uint8 (N, 3, S, S) -> float (2N, 3, S, S) in [0, 1]: first views in rows 0 to N - 1, second views after them.
+def two_views(images, args, generator, size=None):
+    """uint8 (N, 3, S, S) -> float (2N, 3, size, size) in [0, 1]: first views, then second ones; size is S by default.
 
     Crop, flip, color jitter, gray, blur, as in the paper's appendix A. Crop and color belong together: without the
     jitter, two crops of an image can be matched by their color histograms alone (paper, section 3.1).
     """
     x, s = images.repeat(2, 1, 1, 1) / 255, args.jitter_strength
-    x = common.random_resized_crop(x, x.shape[3], generator, scale=(args.crop, 1.0), flip=0.5)
+    x = common.random_resized_crop(x, size or x.shape[3], generator, scale=(args.crop, 1.0), flip=0.5)
     x = common.random_color_jitter(x, generator, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s)
     x = common.random_grayscale(x, generator, args.gray)
     return common.random_gaussian_blur(x, generator, p=args.blur) if args.blur else x
@@ -160,9 +161,10 @@ def pretrain(model, images, args, monitor):
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         order, generator = draws(args, epoch, images, device)
+        size = images.shape[3] // (2 if epoch <= args.half_size * args.epochs else 1)  # a quarter of the cost
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
-            x = common.normalize(two_views(batch, args, generator))  # (2N, 3, S, S)
+            x = common.normalize(two_views(batch, args, generator, size))  # (2N, 3, size, size)
             with autocast(device):
                 z1, z2 = network(x).float().chunk(2)  # (N, 128) each
             loss = nt_xent(gather(z1), gather(z2), args.temperature)  # the images of all GPUs are negatives
@@ -437,8 +439,8 @@ def save_neighbors(path, data, before, after):
 # On shapes most views are gray, since color alone tells most images apart; crops are large, to show whole outlines.
 SHAPES = dict(encoder="small", epochs=12, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05, warmup=0.05,
               temperature=0.1, crop=0.8, jitter_strength=1.0, gray=0.8, eval_every=4)  # fmt: skip
-SMALL = dict(image_size=32, epochs=8, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=1e-2, warmup=0.05,
-             temperature=0.1, gray=0.2, eval_every=2)  # with --encoder small  # fmt: skip
+SMALL = dict(image_size=32, epochs=40, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-2, warmup=0.05,
+             temperature=0.1, gray=0.2, half_size=0.9, eval_every=8)  # with --encoder small  # fmt: skip
 LARGE_IMAGES = dict(temperature=0.1, crop=0.08, jitter_strength=1.0, gray=0.2, blur=0.5)  # paper
 
 

@@ -218,6 +218,13 @@ def test_files_of_a_run(tiny_shapes, tmp_path):
             assert torch.equal(state["key_encoder.0." + key], value)  # momentum 0 copies
 
 
+def test_the_first_epochs_have_views_of_half_the_side(tiny_shapes, tmp_path, monkeypatch):
+    sides, two_views = [], moco.two_views
+    monkeypatch.setattr(moco, "two_views", lambda *args: sides.append((x := two_views(*args)).shape[2:]) or x)
+    small_run(tiny_shapes, tmp_path / "run", "--half-size", 0.5)
+    assert sides == 4 * [(32, 32)] + 3 * [(16, 16)] + 3 * [(32, 32)]  # those of views.png come first
+
+
 def test_with_momentum_1_the_key_encoder_stays_as_it_was(tiny_shapes, tmp_path):
     small_run(tiny_shapes, tmp_path / "run", "--momentum", 1, "--epochs", 1)
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]

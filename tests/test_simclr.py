@@ -282,6 +282,13 @@ def test_files_of_a_run(tiny_shapes, tmp_path, capsys):
         assert torch.equal(checkpoint["model"]["encoder." + key], value)
 
 
+def test_the_first_epochs_have_views_of_half_the_side(tiny_shapes, tmp_path, monkeypatch):
+    sides, two_views = [], simclr.two_views
+    monkeypatch.setattr(simclr, "two_views", lambda *args: sides.append((x := two_views(*args)).shape[2:]) or x)
+    small_run(tiny_shapes, tmp_path / "run", "--half-size", 0.5)
+    assert sides == 4 * [(32, 32)] + 3 * [(16, 16)] + 3 * [(32, 32)]  # those of views.png come first
+
+
 def test_progress_inside_an_epoch_on_a_terminal(tiny_shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
     small_run(tiny_shapes, tmp_path / "run", "--batch-size", 8)

@@ -451,8 +451,8 @@ def save_neighbors(path, data, before, after):
 # On shapes most views are gray, since color alone tells most images apart; crops are large, to show whole outlines.
 SHAPES = dict(encoder="small", epochs=12, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=0.05, warmup=0.05,
               queue_size=1024, bn_groups=2, crop=0.8, gray=0.8, eval_every=4)  # fmt: skip
-SMALL = dict(image_size=32, epochs=10, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=1e-2, warmup=0.05,
-             bn_groups=4, eval_every=2)  # with --encoder small  # fmt: skip
+SMALL = dict(image_size=32, epochs=40, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-2, warmup=0.05,
+             bn_groups=4, half_size=0.9, eval_every=8)  # with --encoder small  # fmt: skip
 LARGE_IMAGES = dict(temperature=0.2, blur=0.5)  # version 2
 
 

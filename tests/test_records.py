@@ -159,7 +159,7 @@ def clip():
 
 
 def speed():
-    for name, title in (("cpu", "CPU"), ("cpu-compiled", "CPU, compiled"), ("h200", "H200, compiled")):
+    for name, title in (("cpu", "CPU"), ("cpu-compiled", "CPU, compiled"), ("h200", "H200, compiled †")):
         record = RECORDS[f"benchmark-{name}"]
         views, images, share = (record[key] for key in ("views_per_second", "images_per_second", "share_of_bound"))
         rates = (*views.values(), *images.values())

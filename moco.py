@@ -76,7 +76,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     crop: float = flag(0.2, "smallest crop, as a fraction of the image's area; paper: 0.2", 0.01, 1)
     gray: float = flag(0.1, "fraction of gray views; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "fraction of blurred views; v1: none, v2: 0.5, notebook: none", 0, 1)
-    half_size: float = flag(0.0, "fraction of the epochs, the first, with views of half the side; paper: none", 0, 1)
+    half_size: float = flag(0.0, "fraction of the epochs, at first, with views of half the side; paper: none", 0, 1)
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "of weights, batches and views", 0, 2**31)
     device: str = flag("auto", "auto: cuda, else mps, else cpu")
@@ -200,7 +200,7 @@ def pretrain(model, images, args, monitor):
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         order, generator = draws(args, epoch, images, device)
-        size = images.shape[3] // (2 if epoch <= args.half_size * args.epochs else 1)  # a quarter of the cost
+        size = images.shape[3] // (2 if epoch <= args.half_size * args.epochs else 1)  # half: a quarter of the cost
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
             x_q, x_k = common.normalize(two_views(batch, args, generator, size)).chunk(2)  # (N, 3, size, size)
@@ -453,7 +453,7 @@ SHAPES = dict(encoder="small", epochs=12, batch_size=64, optimizer="adamw", lr=4
               queue_size=1024, bn_groups=2, crop=0.8, gray=0.8, eval_every=4)  # fmt: skip
 SMALL = dict(image_size=32, epochs=40, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-2, warmup=0.05,
              bn_groups=4, half_size=0.9, eval_every=8)  # with --encoder small  # fmt: skip
-LARGE_IMAGES = dict(temperature=0.2, blur=0.5)  # version 2
+LARGE_IMAGES = dict(temperature=0.2, gray=0.2, blur=0.5)  # version 2
 
 
 def parse_args(argv=None):

@@ -74,7 +74,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     jitter_strength: float = flag(0.5, "strength of the color jitter; paper: 1, CIFAR-10 0.5", 0, 2.5)
     gray: float = flag(0.1, "fraction of gray views; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "fraction of blurred views; paper: 0.5, CIFAR-10 none", 0, 1)
-    half_size: float = flag(0.0, "fraction of the epochs, the first, with views of half the side; paper: none", 0, 1)
+    half_size: float = flag(0.0, "fraction of the epochs, at first, with views of half the side; paper: none", 0, 1)
     labels: list = flag((), "fine-tune with few labels: 0.1 is a tenth of each class, 10 is ten per class", nargs="+")
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "of weights, batches, views and choice of labels", 0, 2**31)
@@ -161,7 +161,7 @@ def pretrain(model, images, args, monitor):
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         order, generator = draws(args, epoch, images, device)
-        size = images.shape[3] // (2 if epoch <= args.half_size * args.epochs else 1)  # a quarter of the cost
+        size = images.shape[3] // (2 if epoch <= args.half_size * args.epochs else 1)  # half: a quarter of the cost
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
             x = common.normalize(two_views(batch, args, generator, size))  # (2N, 3, size, size)

@@ -580,8 +580,7 @@ def main(args):
     data = common.load_dataset(*load) if RANK == 0 else None  # the others wait below while this downloads or decodes
     device = pick_device(args.device)
     data = (data or common.load_dataset(*load)).to(device)
-    y = data.train_labels
-    M, _, S, _ = data.train_images.shape
+    y, (M, _, S, _) = data.train_labels, data.train_images.shape
     recipe = {"batch_size": min(args.batch_size, M // WORLD * WORLD)}
     recipe |= LARGE_IMAGES if S > 64 and args.encoder != "small" else {}
     vars(args).update({name: value for name, value in recipe.items() if name not in args.typed})
@@ -647,7 +646,8 @@ def main(args):
     return summary
 
 
-if __name__ == "__main__":
+def run():
+    """The command line: bad input is one line and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())
@@ -657,3 +657,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a `| head` that has read enough
         sys.stdout = None
         sys.exit("stopped; --resume with the run folder goes on from the last whole epoch")
+
+
+if __name__ == "__main__":
+    run()

@@ -487,7 +487,8 @@ def main(args):
     return summary
 
 
-if __name__ == "__main__":
+def run():
+    """The command line: bad input is one line and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())
@@ -497,3 +498,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a `| head` that has read enough
         sys.stdout = None
         sys.exit("stopped; --resume with the run folder goes on from the last whole epoch")
+
+
+if __name__ == "__main__":
+    run()

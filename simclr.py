@@ -138,14 +138,18 @@ class SimCLR(nn.Module):
 def nt_xent(z1, z2, temperature):
     """Normalized temperature-scaled cross-entropy: equation 1 of the paper, algorithm 1 of the lecture.
 
-    z1, z2 (N, D): projections of the two views of N images, normalized in here -> scalar, in nats; log(2N - 1) is
-    chance. This is InfoNCE, so log(2N - 1) - loss estimates, from below, the mutual information between two views.
+    z1, z2 (N, D): projections of the two views of N images, normalized in here -> scalar, in nats.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
     logits = z @ z.T / temperature  # (2N, 2N), s(i, k) / t
     logits.fill_diagonal_(-math.inf)  # k != i: every view is most similar to itself
     partner = torch.arange(len(z), device=z.device).roll(len(z1))  # (2N,), the other view of the same image
     return F.cross_entropy(logits, partner)
+
+
+def bound(loss, N):
+    """Chance, log(2N - 1), minus InfoNCE: an estimate, from below, of the mutual information of two views, in nats."""
+    return math.log(2 * N - 1) - loss
 
 
 # === Pretrain =========================================================================================================
@@ -176,7 +180,7 @@ def pretrain(model, images, args, monitor):
             losses[step] = loss.detach()  # reading it here would make the host wait for the GPU
             show_progress(args, epoch, step, steps, start)
         metrics = {"loss": losses.mean().item(), "seconds": time.perf_counter() - start}
-        metrics["bound"] = math.log(2 * args.batch_size - 1) - metrics["loss"]
+        metrics["bound"] = bound(metrics["loss"], args.batch_size)
         metrics["spread"] = F.normalize(z1.detach(), dim=1).std(0, correction=0).norm().item()  # 0 if z has collapsed
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             metrics |= monitor()
@@ -480,8 +484,7 @@ def main(args):
     data = common.load_dataset(*load) if RANK == 0 else None  # the others wait below while this downloads or decodes
     device = pick_device(args.device)
     data = (data or common.load_dataset(*load)).to(device)
-    y = data.train_labels
-    M, _, S, _ = data.train_images.shape
+    y, (M, _, S, _) = data.train_labels, data.train_images.shape
     recipe = {"batch_size": min(args.batch_size, M // WORLD * WORLD)} | (LARGE_IMAGES if S > 64 else {})
     vars(args).update({name: value for name, value in recipe.items() if name not in args.typed})
     if args.batch_size > M or args.batch_size % WORLD:
@@ -538,7 +541,8 @@ def main(args):
     return summary
 
 
-if __name__ == "__main__":
+def run():
+    """The command line: bad input is one line and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())
@@ -548,3 +552,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a `| head` that has read enough
         sys.stdout = None
         sys.exit("stopped; --resume with the run folder goes on from the last whole epoch")
+
+
+if __name__ == "__main__":
+    run()

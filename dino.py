@@ -646,8 +646,7 @@ def main(args):
     return summary
 
 
-def run():
-    """The command line: bad input is one line and exit code 2."""
+def run():  # the command line: bad input is one line and exit code 2
     sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())

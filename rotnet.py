@@ -116,40 +116,38 @@ def build_rotnet(args):
 
 
 # === Loss =============================================================================================================
-def rotation_loss(logits, labels):
-    """Equation 2 of the paper: logits (4N, 4) of all copies and their rotations (4N,) -> mean of -log F^y, in nats. Who
-    guesses is right in 25 % of the cases, and has a loss of log 4 = 1.39."""
-    return F.cross_entropy(logits, labels)
+def training_step(network, images, args, generator):
+    """Equations 1 and 2 for images, uint8 (N, 3, S, S) -> scalars: loss in nats, and fraction of rotations predicted
+    correctly. Who guesses has a loss of log 4 = 1.39, and is right in 25 % of the cases."""
+    x, labels = rotate_batch(shifted(images, args, generator))  # (4N, 3, S, S), (4N,)
+    with autocast(x.device):
+        logits = network(common.normalize(x)).float()  # (4N, 4)
+    return {"loss": F.cross_entropy(logits, labels), "rotation": (logits.argmax(1) == labels).float().mean()}
 
 
 # === Pretrain =========================================================================================================
 def pretrain(model, images, args, monitor):
     """Learns to predict rotations of images, uint8 (M, 3, S, S); monitor() -> metrics. Returns those of all epochs."""
-    device = next(model.parameters()).device
-    N, steps = args.batch_size // WORLD, len(images) // args.batch_size  # an incomplete last batch is left out
+    device, N, steps = next(model.parameters()).device, args.batch_size // WORLD, len(images) // args.batch_size
     optimizer, schedule = make_optimizer(model, args, args.epochs * steps)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_checkpoint(args, state, images)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     for epoch in range(len(history) + 1, args.epochs + 1):
-        start, log = time.perf_counter(), torch.zeros(steps, 2, device=device)
+        start, log = time.perf_counter(), []
         order, generator = draws(args, epoch, images, device)
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
-            x, labels = rotate_batch(shifted(batch, args, generator))  # (4N, 3, S, S), (4N,)
-            with autocast(device):
-                logits = network(common.normalize(x)).float()  # (4N, 4)
-            loss = rotation_loss(logits, labels)
+            terms = training_step(network, batch, args, generator)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(terms["loss"]).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            log[step] = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+            log.append(torch.stack(list(terms.values())).detach())  # reading it here would make the host wait
             show_progress(args, epoch, step, steps, start)
-        loss, rotation = log.mean(0).tolist()  # reading it in every step would make the host wait for the GPU
-        metrics = {"loss": loss, "rotation": rotation, "seconds": time.perf_counter() - start}
+        metrics = dict(zip(terms, torch.stack(log).mean(0).tolist(), strict=True), seconds=time.perf_counter() - start)
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             metrics |= monitor()
         history.append({"epoch": epoch, **metrics})
@@ -260,10 +258,13 @@ def few_labels(untrained, encoder, data, rows, args):
     return {"labels": len(rows), "frozen": frozen, "from_scratch": scratch}
 
 
-def rotation_accuracy(model, images):
-    """The pretext task on images that were not trained on, uint8 (M, 3, S, S) -> accuracy in [0, 1]; 0.25 is chance."""
-    correct = [features(model, images.rot90(y, (2, 3))).argmax(1) == y for y in range(4)]
-    return torch.cat(correct).float().mean().item()
+@torch.no_grad()
+def pretext_task(model, images, args):
+    """training_step on images that were not trained on, uint8 (M, 3, S, S) -> its terms, means over batches of 500."""
+    device = next(model.eval().parameters()).device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    terms = [training_step(model, x.to(device), args, generator) for x in images.split(500)]
+    return {name: torch.stack([line[name] for line in terms]).mean().item() for name in terms[0]}
 
 
 # === Nothing below is about RotNet: optimizer, several GPUs, run folder, figures, command line ========================
@@ -373,9 +374,9 @@ def load_checkpoint(args, state, images):
     return history
 
 
-def save_rotations(path, model, data):
-    """A column of rotations for a test image of each of ten classes, and under each of them the prediction and its
-    probability, green if it is right."""
+def save_answers(folder, model, data, args):
+    """rotations.png: a column of rotations for a test image of each of ten classes, and under each of them the answer
+    and its probability, green if it is right."""
     some = [(data.test_labels == label).nonzero()[0, 0] for label in data.test_labels.unique()[:10]]
     x, labels = rotate_batch(torch.stack([data.test_images[i] for i in some]))
     tiles = F.pad(F.interpolate(x.cpu() / 255, scale_factor=max(1, round(96 / x.shape[3]))), (8, 8, 8, 24), value=1.0)
@@ -385,7 +386,7 @@ def save_rotations(path, model, data):
         color = "green" if p.argmax() == labels[i] else "red"
         ImageDraw.Draw(sheet).text(place, f"{90 * p.argmax()}°  {p.max():.0%}", fill=color, font_size=14)
     if RANK == 0:
-        sheet.save(path)
+        sheet.save(folder / "rotations.png")
 
 
 SHAPES = dict(encoder="small", epochs=4, batch_size=32, shift=0.0625, classifier_epochs=5, eval_every=2)
@@ -453,7 +454,7 @@ def main(args):
         untrained = evaluate(initial.encoder, data, args)
         history = pretrain(model, data.train_images, args, monitor if data.classes else dict)
         print("measuring", flush=True)
-        trained, rotation = evaluate(model.encoder, data, args), rotation_accuracy(model, data.test_images)
+        trained, task = evaluate(model.encoder, data, args), pretext_task(model, data.test_images, args)
         few = [few_labels(initial.encoder, model.encoder, data, rows, args) for rows in subsets]
         seconds = [line["seconds"] for line in history]
         summary = {
@@ -469,26 +470,25 @@ def main(args):
             "pretrain_seconds": sum(seconds),
             "total_seconds": time.perf_counter() - start,
             "untrained": untrained[1] if untrained else {},  # block 2
-            "trained": (trained[1] if trained else {}) | {"rotation": rotation},
+            "trained": trained[1] if trained else {},
+            "pretext_task": task,
             "blocks": {"untrained": untrained, "trained": trained},
             "semi_supervised": few,
             "history": history,
         }
         save(folder / "encoder.pt", model.encoder.state_dict())
         save(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        save_rotations(folder / "rotations.png", model, data)
+        save_answers(folder, model, data, args)
     for number, (before, after) in enumerate(zip(untrained, trained, strict=True), 1):
         print(f"block {number}  " + "  ".join(f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in before))
-    hint = ", which is chance: do these images have an upright?" if rotation < 0.3 else "; chance is 25%"
-    print(f"rotations of test images predicted correctly: {rotation:.1%}{hint}")
+    print("pretext task on test images: " + "  ".join(f"{name} {value:.4g}" for name, value in task.items()))
     for row in few:
         print("  ".join(f"{name} {value:{'' if name == 'labels' else '.1%'}}" for name, value in row.items()))
     print(f"{summary['total_seconds']:.0f} s in all; results are in {folder}")
     return summary
 
 
-def run():
-    """The command line: bad input is one line and exit code 2."""
+def run():  # the command line: bad input is one line and exit code 2
     sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:
         main(parse_args())

@@ -77,14 +77,18 @@ def test_the_small_encoder_has_the_shapes_it_says():
 
 def test_rotation_loss_is_the_papers_formula():
     N, logits = 5, torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    _, labels = rotnet.rotate_batch(torch.zeros(N, 3, 2, 2))
+    images, args = torch.zeros(N, 3, 8, 8, dtype=torch.uint8), rotnet.parse_args([])
     loss = 0
     for i in range(N):
         for y in range(4):  # row y N + i is image i after y quarter turns
             e = logits[y * N + i].exp()
             loss -= math.log(e[y] / e.sum()) / 4 / N
-    assert rotnet.rotation_loss(logits, labels).item() == pytest.approx(loss, abs=1e-12)
-    assert rotnet.rotation_loss(0 * logits, labels).item() == pytest.approx(math.log(4))  # chance
+    for scores, expected in ((logits, loss), (0 * logits, math.log(4))):  # the latter is chance
+        terms = rotnet.training_step(lambda x, scores=scores: scores, images, args, torch.Generator())
+        assert terms["loss"].item() == pytest.approx(expected)
+    right = [logits[y * N + i].argmax().item() == y for i in range(N) for y in range(4)]
+    terms = rotnet.training_step(lambda x: logits, images, args, torch.Generator())
+    assert terms["rotation"].item() == pytest.approx(sum(right) / 20)
 
 
 def test_learning_rate_falls_three_times_to_a_fifth():
@@ -165,7 +169,7 @@ def test_few_labels_take_as_many_steps_as_all(colors, monkeypatch):
     assert sizes == [(2 * 5 * 8, 8), (2 * 5 * 3, 3)]
 
 
-def test_rotation_accuracy_counts_all_four():
+def test_the_pretext_task_is_measured_on_all_rotations():
     class Clock(nn.Module):
         """Reads the rotation from a white dot at the top, to which it adds `error` quarter turns."""
 
@@ -177,11 +181,11 @@ def test_rotation_accuracy_counts_all_four():
             edges = torch.stack([x[:, 0, 0, 2], x[:, 0, 2, 0], x[:, 0, 4, 2], x[:, 0, 2, 4]], dim=1)
             return edges.roll(int(self.error), 1)
 
-    images = torch.zeros(6, 3, 5, 5, dtype=torch.uint8)
+    images, args = torch.zeros(1000, 3, 5, 5, dtype=torch.uint8), rotnet.parse_args(["--shift", "0"])
     images[:, :, 0, 2] = 255
-    assert rotnet.rotation_accuracy(Clock(0), images) == 1 and rotnet.rotation_accuracy(Clock(1), images) == 0
-    images[:3] = 0  # three have no upright
-    assert rotnet.rotation_accuracy(Clock(0), images) == pytest.approx((3 * 4 + 3) / 24)
+    for clock, upright, accuracy in ((0, 1000, 1), (1, 1000, 0), (0, 500, (500 * 4 + 500) / 4000), (1, 0, 0.25)):
+        images[upright:] = 0
+        assert rotnet.pretext_task(Clock(clock), images, args)["rotation"] == pytest.approx(accuracy)
 
 
 def test_the_semi_supervised_figure_compares_frozen_blocks_with_the_same_network_from_scratch(monkeypatch):
@@ -218,7 +222,7 @@ def test_files_of_a_run(unbroken):
         assert len(rows) == 3 and rows[1].items() <= summary[name].items()
         assert all({"knn", "linear_probe", "nonlinear"} <= set(row) for row in rows)
         assert ["conv" in row for row in rows] == [False, True, False]
-    assert 0 <= summary["trained"]["rotation"] <= 1 and "rotation" not in summary["untrained"]
+    assert 0 <= summary["pretext_task"]["rotation"] <= 1 and summary["pretext_task"]["loss"] > 0
     assert [line["epoch"] for line in summary["history"]] == [1, 2] and "knn" in summary["history"][1]
     (few,) = summary["semi_supervised"]
     assert few["labels"] == 48 and set(few) == {"labels", "frozen", "from_scratch"}
@@ -228,7 +232,8 @@ def test_files_of_a_run(unbroken):
 def test_it_learns_to_predict_rotations(some_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rotnet, "train_classifier", lambda *_: 0.5)  # tested above
     summary = small_run(some_shapes, tmp_path / "run", "--epochs", 3, "--batch-size", 16, "--shift", 0.0625)
-    assert summary["trained"]["rotation"] > 0.35 and "chance is 25%" in capsys.readouterr().out
+    assert summary["pretext_task"]["rotation"] > 0.35
+    assert f"rotation {summary['pretext_task']['rotation']:.4g}" in capsys.readouterr().out
     assert summary["history"][-1]["rotation"] > 0.35 and summary["history"][-1]["loss"] < 1.25
     assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.2
     assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.15
@@ -239,19 +244,19 @@ class Killed(BaseException):
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tmp_path):
-    calls, loss = [], rotnet.rotation_loss
+    calls, training_step = [], rotnet.training_step
 
-    def rotation_loss(*args):
+    def step(*args):
         calls.append(1)
         if len(calls) == 5:  # of three an epoch: a checkpoint is there
             raise Killed
-        return loss(*args)
+        return training_step(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rotnet, "rotation_loss", rotation_loss)
+        patch.setattr(rotnet, "training_step", step)
         small_run(tiny_shapes, tmp_path / "run", "--labels", 0.5)
     summary = rotnet.main(rotnet.parse_args(["--resume", str(tmp_path / "run")]))
-    for key in ("blocks", "semi_supervised", "trained"):
+    for key in ("blocks", "semi_supervised", "trained", "pretext_task"):
         assert summary[key] == unbroken[1][key]
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "run", unbroken[0])]
     for key, value in states[0]["model"].items():
@@ -265,21 +270,10 @@ def test_rotations_of_plain_images_are_measured_on_held_out_ones(tmp_path, capsy
         torchvision.utils.save_image(noise, tmp_path / f"album/{i}.png")
     flags = "--data-dir", tmp_path / "cache", "--epochs", 1, "--image-size", 16
     summary = small_run(tmp_path / "album", tmp_path / "run", *flags)
-    assert summary["untrained"] == {} and summary["trained"].keys() == {"rotation"}
-    out = capsys.readouterr().out
-    assert "36 images, 16 x 16, 0 labels" in out
-    assert ("which is chance: do these images have an upright?" in out) == (summary["trained"]["rotation"] < 0.3)
+    assert summary["untrained"] == summary["trained"] == {} and summary["pretext_task"].keys() == {"loss", "rotation"}
+    assert "36 images, 16 x 16, 0 labels" in capsys.readouterr().out
     with Image.open(tmp_path / "run/rotations.png") as sheet:
         assert sheet.size == (4 * (96 + 16), 4 * (96 + 32))  # four held-out images in four rotations
-
-
-@pytest.mark.parametrize("accuracy", [0.26, 0.9])
-def test_a_hint_where_rotations_stay_at_chance(tiny_shapes, tmp_path, monkeypatch, capsys, accuracy):
-    monkeypatch.setattr(rotnet, "rotation_accuracy", lambda *_: accuracy)
-    monkeypatch.setattr(rotnet, "evaluate", lambda *_: [{"knn": 0.1}] * 3)
-    small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
-    out = capsys.readouterr().out
-    assert ("do these images have an upright?" in out) == (accuracy == 0.26) and f"correctly: {accuracy:.1%}" in out
 
 
 @pytest.mark.parametrize(

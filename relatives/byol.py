@@ -67,4 +67,5 @@ def byol_loss(p1, z1, p2, z2):
 if __name__ == "__main__":  # simclr.py, with these names in place of its own
     vars(simclr).update(METHOD="byol", __doc__=__doc__, Args=Args, SimCLR=BYOL, bound=lambda *_: None)
     vars(simclr).update(nt_xent=lambda one, two, _: byol_loss(*one.chunk(2, dim=1), *two.chunk(2, dim=1)))
+    simclr.SHAPES.update(lr=3e-3, momentum=0.98)  # a memory of 50 steps, in a run of 768
     simclr.run()

@@ -63,4 +63,5 @@ def simsiam_loss(p1, z1, p2, z2):
 if __name__ == "__main__":  # simclr.py, with these names in place of its own
     vars(simclr).update(METHOD="simsiam", __doc__=__doc__, Args=Args, SimCLR=SimSiam, bound=lambda *_: None)
     vars(simclr).update(nt_xent=lambda one, two, _: simsiam_loss(*one.chunk(2, dim=1), *two.chunk(2, dim=1)))
+    simclr.SHAPES.update(lr=3e-3)  # half of SimCLR's
     simclr.run()

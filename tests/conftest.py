@@ -57,7 +57,11 @@ def two_processes(tiny_shapes, tmp_path_factory):
     for name, flags in own.items():
         run = str(folder / name)
         words = ["--dataset", str(tiny_shapes), *SMALL, "--batch-size", "32", *flags, "--out", run]
-        commands[name] = words, ["--resume", run, "--epochs", "3"]
+        commands[name] = "", words, ["--resume", run, "--epochs", "3"]
+    for name, parent in (("byol", "simclr"), ("swav", "simclr"), ("simmim", "mae"), ("jigsaw", "rotnet"),
+                         ("inpainting", "rotnet")):  # fmt: skip
+        words = ["--dataset", str(tiny_shapes), *SMALL[:4], "--epochs", "1", "--batch-size", "32", "--out"]
+        commands[name] = parent, [*words, str(folder / name), *own["rotnet" if parent == "rotnet" else "simclr"]]
     (folder / "commands.json").write_text(json.dumps(commands))
     with socket.socket() as free:
         free.bind(("localhost", 0))

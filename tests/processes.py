@@ -6,7 +6,10 @@ the whole batch, in double precision, and then train with its command lines, one
 
 import copy
 import dataclasses
+import importlib
+import io
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -149,13 +152,22 @@ def gradients(network, loss):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
 
 
-def train(script, words):
-    """main -> its model, but for what differs between processes: batch norm's running statistics."""
+def train(script, run):
+    """What run() trains with the script -> its model, but for what differs between processes: batch norm's running
+    statistics."""
     models, pretrain = [], script.pretrain
     script.pretrain = lambda model, *rest: models.append(model) or pretrain(model, *rest)
-    script.main(script.parse_args(words))
+    run()
     script.pretrain = pretrain
     return {k: v for k, v in models[0].state_dict().items() if "running" not in k and "num_batches" not in k}
+
+
+def train_relative(name, parent, words):
+    """A relative as the command line runs it, on a parent of its own."""
+    sys.argv = [name, *words]
+    sys.modules.pop(parent)
+    path = str(Path(__file__).parent.parent / f"relatives/{name}.py")
+    return train(importlib.import_module(parent), lambda: runpy.run_path(path, run_name="__main__"))
 
 
 if __name__ == "__main__":
@@ -172,7 +184,12 @@ if __name__ == "__main__":
             few[f"{split}_{part}"] = getattr(data, f"{split}_{part}")[:count]
     common.shapes_dataset = lambda: dataclasses.replace(data, **few)
     scripts = {"simclr": simclr, "moco": moco, "rotnet": rotnet, "clip": clip, "dino": dino, "mae": mae}
-    for name, commands in json.loads((FOLDER / "commands.json").read_text()).items():
-        states = [train(scripts[name], words) for words in commands]
-        torch.save(states[-1], FOLDER / f"{name}-{RANK}.pt")
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # of process 1, which prints nothing
+    for name, (parent, *commands) in json.loads((FOLDER / "commands.json").read_text()).items():
+        for words in commands:
+            if parent:
+                state = train_relative(name, parent, words)
+            else:
+                state = train(scripts[name], lambda: scripts[name].main(scripts[name].parse_args(words)))  # noqa: B023
+        torch.save(state, FOLDER / f"{name}-{RANK}.pt")
     dist.destroy_process_group()

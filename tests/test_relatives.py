@@ -447,3 +447,12 @@ def test_importing_a_relative_changes_nothing_in_its_parent():
     import simclr
 
     assert simclr.METHOD == "simclr" and simclr.nt_xent.__module__ == "simclr" and simclr.Args.__module__ == "simclr"
+
+
+@pytest.mark.parametrize("name", ["byol", "swav", "simmim", "jigsaw", "inpainting"])
+def test_two_processes_train_one_network(two_processes, name):
+    folder, printed = two_processes
+    models = [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
+    assert printed[0].count(f"\n{name} on") == 1 and printed[1] == "" and (folder / name / "summary.json").exists()

@@ -69,7 +69,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES and SMALL s
     seed: int = flag(0, "of weights, batches, views and choice of labels", 0, 2**31)
     device: str = flag("auto", "auto: cuda, else mps, else cpu")
     compile: bool = flag(False, "torch.compile network and augmentations, for long runs on a GPU", action=SWITCH)
-    out: str = flag("", f"run folder instead of runs/{METHOD}-<dataset>-seed<seed>")
+    out: str = flag("", "run folder instead of runs/<method>-<dataset>-seed<seed>")
     resume: str = flag("", "run folder to continue, with the flags that it was started with")
     typed: list = ()  # names of the flags that were typed
     command: str = f"torchrun --nproc-per-node {WORLD} {METHOD}.py" if WORLD > 1 else f"python {METHOD}.py"

@@ -80,7 +80,7 @@ class Args:  # defaults are the recipe for CIFAR-10 on a GPU, SHAPES, SMALL and 
     seed: int = flag(0, "of weights, batches, views and choice of labels", 0, 2**31)
     device: str = flag("auto", "auto: cuda, else mps, else cpu")
     compile: bool = flag(False, "torch.compile network and augmentations, for long runs on a GPU", action=SWITCH)
-    out: str = flag("", f"run folder instead of runs/{METHOD}-<dataset>-seed<seed>")
+    out: str = flag("", "run folder instead of runs/<method>-<dataset>-seed<seed>")
     resume: str = flag("", "run folder to continue, with the flags that it was started with")
     typed: list = ()  # names of the flags that were typed
     command: str = f"torchrun --nproc-per-node {WORLD} {METHOD}.py" if WORLD > 1 else f"python {METHOD}.py"
@@ -155,8 +155,7 @@ def bound(loss, N):
 # === Pretrain =========================================================================================================
 def pretrain(model, images, args, monitor):
     """Algorithm 1 on images, uint8 (M, 3, S, S), without labels; monitor() -> metrics. Returns those of all epochs."""
-    device = next(model.parameters()).device
-    N, steps = args.batch_size // WORLD, len(images) // args.batch_size  # an incomplete last batch is left out
+    device, N, steps = next(model.parameters()).device, args.batch_size // WORLD, len(images) // args.batch_size
     optimizer, schedule = make_optimizer(model, args, args.batch_size, args.epochs * steps)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
@@ -241,8 +240,7 @@ def evaluate(network, data, head):
     accuracies = {"knn": knn_accuracy(h, y, test_h, test_y), "linear_probe": linear_probe(h, y, test_h, test_y)}
     if head:
         z, test_z = (network.projector.eval()(x).detach() for x in (h, test_h))
-        accuracies |= {"knn_z": knn_accuracy(z, y, test_z, test_y)}
-        accuracies |= {"linear_probe_z": linear_probe(z, y, test_z, test_y)}
+        accuracies |= dict(knn_z=knn_accuracy(z, y, test_z, test_y), linear_probe_z=linear_probe(z, y, test_z, test_y))
     return accuracies, (h, test_h)
 
 

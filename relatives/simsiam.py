@@ -11,7 +11,7 @@ both, the network has to run after a target that it cannot draw to itself. Unlik
     L = D(p1, z2) / 2 + D(p2, z1) / 2                      from -1, where the views agree
 
     python relatives/simsiam.py --dataset cifar10 --compile       the flags are simclr.py's, but for the head
-    python relatives/simsiam.py --no-predictor                    collapses: `spread` falls to 0
+    python relatives/simsiam.py --no-predictor                    collapses: `spread` falls, z says nothing of an image
     python relatives/simsiam.py --no-stop-gradient                the same
 """
 

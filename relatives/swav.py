@@ -46,7 +46,7 @@ class SwAV(simclr.SimCLR):
 
 
 @torch.no_grad()
-def sinkhorn(scores, epsilon=0.03, iterations=3):
+def sinkhorn(scores, epsilon=0.02, iterations=3):
     """Cosines of N views with K prototypes (N, K) -> codes q (N, K): a row sums to 1, a column to about N / K. epsilon
     makes them soft; paper: 0.05."""
     q = ((scores - scores.max()) / epsilon).exp()

@@ -147,7 +147,7 @@ def test_the_losses_equal_lightlys():
     assert torch.allclose(barlow_twins.barlow_twins_loss(z1, z2), lightly_loss("BarlowTwinsLoss")()(z1, z2))
     assert torch.allclose(vicreg.vicreg_loss(z1, z2), lightly_loss("VICRegLoss")()(z1, z2))
     one, two = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
-    theirs = lightly_loss("SwaVLoss")(sinkhorn_epsilon=0.03)([one, two], [])
+    theirs = lightly_loss("SwaVLoss")(sinkhorn_epsilon=0.02)([one, two], [])
     assert torch.allclose(swav.swav_loss(one, two, 0.1), theirs)
     p1, p2 = draw(2, 16, 8, seed=1).float()
     D = lightly_loss("NegativeCosineSimilarity")()

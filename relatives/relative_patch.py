@@ -10,7 +10,7 @@ gives the direction away, so there are gaps; and it could be extended across a g
 
     L = mean over images of  1/8 sum_{y = 1..8} -log F^y(p_0, p_y)        F^y the predicted probability of position y
 
-    python relatives/relative_patch.py --dataset cifar10 --compile          the flags are rotnet.py's, and three more
+    python relatives/relative_patch.py --dataset cifar10 --compile            the flags are rotnet.py's, and two more
     python relatives/relative_patch.py --gap 0 --jitter 0                   with the shortcuts
 """
 

@@ -38,6 +38,7 @@ class Args(simclr.Args):
 
 
 def mlp(D, hidden, out):
+    """(B, D) -> (B, out)."""
     return nn.Sequential(nn.Linear(D, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 

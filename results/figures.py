@@ -22,6 +22,11 @@ LABELS = {
     "loss": "loss (nats)",
     "bound": "bound log(negatives + 1) - loss (nats)",
     "rotation": "rotations predicted correctly, training",
+    "position": "positions of patches predicted correctly",
+    "permutation": "permutations of tiles predicted correctly",
+    "color": "classes of color predicted correctly",
+    "reconstruction": "mean squared error in the hole",
+    "adversarial": "E[log D(x) + log(1 - D(F))], -1.39 if D guesses",
     "accuracy": "queries that find their key",
     "entropy": "entropy of a teacher's target (nats)",
     "entropy_of_mean": "entropy of a batch's mean target (nats)",
@@ -46,7 +51,7 @@ def read(path, key):
 
 
 def curve(rows, x, y):
-    return zip(*((row[x], row[y]) for row in rows if y in row), strict=True)
+    return zip(*((row[x], row[y]) for row in rows if row.get(y) is not None), strict=True)
 
 
 def finish(figure, panels, out):
@@ -59,13 +64,13 @@ def finish(figure, panels, out):
 
 def draw(runs, out):
     """runs {name: lines} -> a figure with a panel for each quantity that they have."""
-    keys = [key for key in LABELS if any(key in line for lines in runs.values() for line in lines)]
+    keys = [key for key in LABELS if any(line.get(key) is not None for lines in runs.values() for line in lines)]
     if not keys:
         raise ValueError("no epoch is logged yet")
     figure, panels = pyplot.subplots(1, len(keys), figsize=(4 * len(keys), 3.4), layout="constrained", squeeze=False)
     for panel, key in zip(panels[0], keys, strict=True):
         for name, lines in runs.items():
-            if any(key in line for line in lines):
+            if any(line.get(key) is not None for line in lines):
                 panel.plot(*curve(lines, "epoch", key), marker="o", markersize=3, label=name)
         panel.set(xlabel="epoch", title=LABELS[key])
     finish(figure, panels[0], out)

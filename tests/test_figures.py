@@ -37,6 +37,9 @@ def test_curves_show_what_is_in_folders_and_records(tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.figure.Figure, "legend", lambda *_, **__: None)
     draw({"run": read(tmp_path / "run", "history")}, tmp_path / "curves.png")
     assert drawn == [([1, 2, 3, 4], [4, 2, 4 / 3, 1]), ([1, 2, 3, 4], [1, 3, 5 - 4 / 3, 4]), ([2, 4], [0.2, 0.4])]
+    drawn.clear()  # of a loss that bounds nothing
+    draw({"run": [line | {"bound": None} for line in LINES]}, tmp_path / "curves.png")
+    assert drawn == [([1, 2, 3, 4], [4, 2, 4 / 3, 1]), ([2, 4], [0.2, 0.4])]
 
 
 def test_the_semi_supervised_figure(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def rotnet():
             percent(before[k], after[k]) if k in after else "" for k in ("linear_probe", "knn", "nonlinear", "conv")
         )
         yield row(f"block {number}", *cells)
-    yield row("rotations", *(percent(record["trained"]["rotation"]) for record in seeds("rotnet")))
+    yield row("rotations", *(percent(record["pretext_task"]["rotation"]) for record in seeds("rotnet")))
 
 
 def ablations():
@@ -156,6 +156,54 @@ def clip():
         yield row(name, *(change([record], f"{way}_r{k}") for k in (1, 5, 10)))
     yield f"zero-shot, {percent(RECORDS['clip-flickr8k-small-zero-shot-cifar10']['zero_shot'])}"
     yield f"{percent(record['unknown_words'])} of the words"
+
+
+FAMILIES = {
+    "ResNet": ("simclr", "moco", "barlow_twins", "vicreg", "swav", "simsiam", "byol", "clip"),
+    "NiN": ("rotnet", "relative_patch", "jigsaw", "colorization", "inpainting"),
+    "ViT": ("mae", "simmim", "dino"),
+}
+RELATIVES = {
+    "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "swav": "SwAV", "simsiam": "SimSiam", "byol": "BYOL",
+    "relative_patch": "relative patches", "jigsaw": "jigsaw puzzles", "colorization": "colorization",
+    "inpainting": "inpainting", "simmim": "SimMIM",
+}  # fmt: skip
+
+
+def scores(record, method=""):
+    return [change([record], key) for key in KEYS.get(method, ("linear_probe", "knn"))]
+
+
+def relatives():
+    for encoder, methods in FAMILIES.items():
+        for method in methods:
+            record = RECORDS[f"{method}-shapes-seed0"]
+            assert method not in RELATIVES or record["command"] == f"python relatives/{method}.py"
+            name = RELATIVES.get(method) or TITLES[method].split(",")[0]
+            yield row(encoder, name, *scores(record, method), f"{record['total_seconds']:.0f} s")
+    for name, title in (
+        ("simsiam-shapes-seed0", "SimSiam"),
+        ("simsiam-shapes-no-predictor", "SimSiam, no predictor"),
+        ("simsiam-shapes-no-stop-gradient", "SimSiam, gradients to both sides"),
+        ("byol-shapes-seed0", "BYOL"),
+        ("byol-shapes-no-predictor", "BYOL, no predictor"),
+    ):
+        yield row(title, f"{RECORDS[name]['history'][-1]['spread']:.2f}", *scores(RECORDS[name]))
+    for data in ("shapes", "cifar10-small"):
+        for name, title in (("seed0", "with gaps, moved at random"), ("shortcuts", "without")):
+            record = RECORDS[f"relative_patch-{data}-{name}"]
+            data_title = {"shapes": "shapes", "cifar10-small": "CIFAR-10"}[data]
+            yield row(data_title, title, percent(record["pretext_task"]["position"]), *scores(record))
+    yield f"{percent(RECORDS['jigsaw-shapes-seed0']['pretext_task']['permutation'])} of the permutations"
+    for title, name in (("shapes", "colorization-shapes-seed0"), ("CIFAR-10", "colorization-cifar10-small-seed0")):
+        yield row(title, *scores(RECORDS[name]))
+    for name, title in (("seed0", "0.001"), ("no-adversary", "0")):
+        record = RECORDS[f"inpainting-shapes-{name}"]
+        yield row(
+            title, *(f"{record['pretext_task'][key]:.2f}" for key in ("reconstruction", "adversarial")), *scores(record)
+        )
+    tuned = RECORDS["simmim-shapes-fine-tune"]["trained"]
+    yield f"{percent(tuned['fine_tuned'])} against {percent(tuned['from_scratch'])} from scratch"
 
 
 def speed():
@@ -215,7 +263,7 @@ def waiting():
 SAID = {
     "README.md": [main_table, flickr_row, losses, size, waiting],
     "results/README.md": [
-        seed_table, projection_table, label_tables, rotnet, ablations, mae, dino, clip, speed, in_words,
+        seed_table, projection_table, label_tables, rotnet, ablations, mae, dino, clip, relatives, speed, in_words,
     ],
 }  # fmt: skip
 SETTINGS = r"75 %|10 %|1 %"  # fractions that are asked for, not measured

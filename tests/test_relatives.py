@@ -249,6 +249,34 @@ def test_patches_lie_where_their_number_says(gap, jitter):
     assert len(top[:, 0].unique()) > 1  # the grid moves
 
 
+def test_a_network_that_sees_positions_answers_all_questions():
+    args = arguments(relative_patch)
+    images = (8 * coordinates(20, 32)).byte()
+
+    def network(x):  # logits of the positions, from rows and columns
+        rows, columns = x.unflatten(0, (-1, 9))[:, :, :2].unbind(2)  # (N, 9, p, p) each
+        down, right = (y.mean((2, 3)) - y[:, :1].mean((2, 3)) for y in (rows, columns))  # of each patch, from the first
+        right = right * (columns[..., -1] - columns[..., 0]).mean(2).sign()  # some images are mirrored
+        step = torch.stack([down, right], 2)[:, 1:] / rows[0, 1:].sub(rows[0, :1]).mean((1, 2)).abs().max()
+        places = torch.tensor([(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if (r, c) != (0, 0)])
+        return -(step[:, :, None] - places).norm(dim=3).flatten(0, 1)
+
+    terms = relative_patch.training_step(network, images, args, torch.Generator().manual_seed(0))
+    assert terms["position"] == 1
+
+    model, seen = relative_patch.PatchNetwork(args).eval(), []
+    model.pool, model.encoder, model.classifier = nn.Flatten(), nn.Identity(), nn.Module()
+    model.classifier.forward = lambda pairs: seen.append(pairs) or pairs
+    model(torch.arange(18.0)[:, None, None, None])
+    assert seen[0].tolist() == [[first, first + y] for first in (0, 9) for y in range(1, 9)]
+
+
+def test_a_network_that_knows_permutations_answers_all_questions():
+    network = lambda tiles, numbers: F.one_hot(numbers.flatten(), 100).float()  # noqa: E731
+    terms = jigsaw.training_step(network, uint8_images(5, 32), arguments(jigsaw), torch.Generator().manual_seed(0))
+    assert terms["permutation"] == 1 and terms["loss"].item() == pytest.approx(math.log(99 / math.e + 1))
+
+
 def test_permutations_are_all_different_and_far_apart():
     chosen = jigsaw.far_apart(100)
     assert chosen[0].tolist() == list(range(9)) and (chosen.sort(1).values == torch.arange(9)).all()

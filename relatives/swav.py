@@ -11,7 +11,7 @@ together, in such a way that every prototype gets an equal share of it (Sinkhorn
     p_k = exp(z . c_k / t) / sum_l exp(z . c_l / t)
     L = -1/2 mean over images of  sum_k (q2_k log p1_k + q1_k log p2_k)                 no gradient to q
 
-    python relatives/swav.py --dataset cifar10 --compile           the flags are simclr.py's, and two more
+    python relatives/swav.py --dataset cifar10 --compile           the flags are simclr.py's, and one more
 Left out of the paper: small views (multi-crop, as in dino.py), and a queue of earlier z for codes of small batches.
 """
 

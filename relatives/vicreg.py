@@ -26,7 +26,7 @@ import simclr
 
 @dataclasses.dataclass
 class Args(simclr.Args):
-    expander_width: int = simclr.flag(512, "components of z; far fewer are worse; paper: 8192", 2)
+    expander_width: int = simclr.flag(512, "components of z; paper: 8192", 2)
     projection: str = "mlp"  # this and temperature are no flags here
     temperature: float = 0.0
     command: str = simclr.Args.command.replace("simclr", "relatives/vicreg")

@@ -32,12 +32,8 @@ GRID = torch.tensor([(1, 1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2,
 
 @dataclasses.dataclass
 class Args(rotnet.Args):
-    gap: float = rotnet.flag(
-        0.0625, "between patches, as a fraction of the image's side; paper: half a patch", 0, 0.0625
-    )
-    jitter: float = rotnet.flag(
-        0.03125, "largest move of a patch, as such a fraction; paper: 7 pixels of 96", 0, 0.0625
-    )
+    gap: float = rotnet.flag(0.0625, "between patches, in sides of the image; paper: half a patch", 0, 0.0625)
+    jitter: float = rotnet.flag(0.03125, "largest move of a patch, likewise; paper: 7 pixels of 96", 0, 0.0625)
     command: str = rotnet.Args.command.replace("rotnet", "relatives/relative_patch")
 
 

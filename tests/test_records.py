@@ -189,11 +189,10 @@ def relatives():
         ("byol-shapes-no-predictor", "BYOL, no predictor"),
     ):
         yield row(title, f"{RECORDS[name]['history'][-1]['spread']:.2f}", *scores(RECORDS[name]))
-    for data in ("shapes", "cifar10-small"):
-        for name, title in (("seed0", "with gaps, moved at random"), ("shortcuts", "without")):
+    for title, data in (("shapes", "shapes"), ("CIFAR-10", "cifar10-small")):
+        for name, patches in (("seed0", "with gaps, moved at random"), ("shortcuts", "without")):
             record = RECORDS[f"relative_patch-{data}-{name}"]
-            data_title = {"shapes": "shapes", "cifar10-small": "CIFAR-10"}[data]
-            yield row(data_title, title, percent(record["pretext_task"]["position"]), *scores(record))
+            yield row(title, patches, percent(record["pretext_task"]["position"]), *scores(record))
     yield f"{percent(RECORDS['jigsaw-shapes-seed0']['pretext_task']['permutation'])} of the permutations"
     for title, name in (("shapes", "colorization-shapes-seed0"), ("CIFAR-10", "colorization-cifar10-small-seed0")):
         yield row(title, *scores(RECORDS[name]))

@@ -60,6 +60,13 @@ class Dataset:
         moved = {name: x.to(device) for name, x in tensors.items() if not (stay and name.endswith("images"))}
         return dataclasses.replace(self, **moved)
 
+    def examples(self):
+        """Row numbers of test images for a figure: one of each of ten classes, or without labels the first ten."""
+        labels = self.test_labels
+        if len(labels) == 0:  # images with captions
+            return torch.arange(min(10, len(self.test_images)))
+        return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:10]])
+
 
 def batches(images, order, size, device):
     """Rows `order` (n,) of images (M, 3, S, S), whole batches of them: yields (size, 3, S, S) on the device. Images in

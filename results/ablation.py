@@ -178,7 +178,7 @@ def train(method, flags, change, folder):
         setattr(*CHANGES[change])
     script = importlib.import_module(method)
     begun = (folder / "checkpoint.pt").exists()
-    args = script.parse_args([*flags, "--resume" if begun else "--out", str(folder)])
+    args = script.parse_args(["--resume", str(folder)] if begun else [*flags, "--out", str(folder)])
     args.command = shlex.join(["python", *sys.argv])
     script.main(args)
 

@@ -28,7 +28,7 @@ def peak_memory(flags):
         torch.manual_seed(0)
         images = torch.randint(256, (8 * args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
         model = moco.MoCo(args).to(device, memory_format=torch.channels_last)
-        moco.pretrain(model, images, args, dict)
+        moco.pretrain(model, images, args, moco.training_step, dict)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9, str(device)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes

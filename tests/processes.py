@@ -23,10 +23,8 @@ import clip  # noqa: E402
 import common  # noqa: E402
 import dino  # noqa: E402
 import mae  # noqa: E402
-import moco  # noqa: E402
 import rotnet  # noqa: E402
-import simclr  # noqa: E402
-from simclr import RANK, WORLD  # noqa: E402
+from rotnet import RANK, WORLD  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 
@@ -41,45 +39,6 @@ def parameters_after_a_step(network, loss):
 def compare(name, one, several):
     error = (one - several).abs().max().item() / one.abs().max().item()
     (FOLDER / f"{name}-{RANK}.txt").write_text(str(error))
-
-
-def simclr_gradients():
-    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0)).double()  # two views of twelve images
-    torch.manual_seed(RANK)  # DistributedDataParallel makes the networks equal
-    network = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double())
-    alone = copy.deepcopy(network.module)
-    mine = x[:, RANK::WORLD].flatten(0, 1)
-    z1, z2 = network(mine).chunk(2)
-    loss = simclr.nt_xent(simclr.gather(z1), simclr.gather(z2), 0.3)
-    order = torch.cat([torch.arange(12)[rank::WORLD] for rank in range(WORLD)])
-    whole = simclr.nt_xent(*(alone(view) for view in x[:, order]), 0.3)
-    compare("simclr-loss", whole.detach()[None], loss.detach()[None])
-    compare("simclr-gradient", parameters_after_a_step(alone, whole), parameters_after_a_step(network, loss))
-
-
-def moco_gradients():
-    words = ["--encoder", "small", "--queue-size", "20", "--batch-size", "8", "--bn-groups", "2"]
-    args = moco.parse_args(words)
-    torch.manual_seed(0)
-    model = moco.MoCo(args).double().train()
-    for module in model.modules():  # in one process the groups of a batch are those of both
-        assert not isinstance(module, moco.SplitBatchNorm) or module.groups == 1
-    alone = copy.deepcopy(model)
-    for module in alone.modules():
-        if isinstance(module, moco.SplitBatchNorm):
-            module.groups = WORLD
-    x_q, x_k = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-    query_encoder = nn.parallel.DistributedDataParallel(model.query_encoder)
-    query = F.normalize(query_encoder(x_q.chunk(WORLD)[RANK]), dim=1)
-    keys = model.keys(x_k.chunk(WORLD)[RANK], torch.Generator().manual_seed(10 + RANK))  # of different generators
-    loss = moco.info_nce(query, F.normalize(keys.chunk(WORLD)[RANK], dim=1), model.queue, 0.2)
-
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(10))  # process 0 decides
-    key = alone.key_encoder(x_k[order])[order.argsort()]
-    compare("moco-keys", key, keys)
-    whole = moco.info_nce(F.normalize(alone.query_encoder(x_q), dim=1), F.normalize(key, dim=1), alone.queue, 0.2)
-    gradients = parameters_after_a_step(query_encoder, loss)
-    compare("moco-gradient", parameters_after_a_step(alone.query_encoder, whole), gradients)
 
 
 def rotnet_gradients():
@@ -171,9 +130,7 @@ def train_relative(name, parent, words):
 
 
 if __name__ == "__main__":
-    simclr.pick_device("cpu")  # the processes meet
-    simclr_gradients()
-    moco_gradients()
+    rotnet.pick_device("cpu")  # the processes meet
     rotnet_gradients()
     clip_gradients()
     dino_gradients()
@@ -183,7 +140,7 @@ if __name__ == "__main__":
         for part in ("images", "labels", "captions", "colors"):
             few[f"{split}_{part}"] = getattr(data, f"{split}_{part}")[:count]
     common.shapes_dataset = lambda: dataclasses.replace(data, **few)
-    scripts = {"simclr": simclr, "moco": moco, "rotnet": rotnet, "clip": clip, "dino": dino, "mae": mae}
+    scripts = {"rotnet": rotnet, "clip": clip, "dino": dino, "mae": mae}
     sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # of process 1, which prints nothing
     for name, (parent, *commands) in json.loads((FOLDER / "commands.json").read_text()).items():
         for words in commands:

@@ -1,8 +1,7 @@
-"""The loss against the lecture's, the queue, the moving average, and the script as a person runs it."""
+"""The loss against the paper's formula, queue, moving average, and the script as it is run."""
 
+import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +9,43 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import (
+    assert_same,
+    assert_same_in_both,
+    files,
+    in_two_processes,
+    killed_at,
+    records,
+    spy,
+    train_and_keep,
+)
 from torch import nn
 
 import common
 import moco
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("shapes_once")
-SMALL = "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--queue-size", "64", "--bn-groups", "2"
+SMALL = ["--encoder", "small", "--epochs", "2", "--batch-size", "32"]
+SMALL += ["--queue-size", "64", "--bn-groups", "2"]
+VERSION_1 = ["--no-mlp", "--no-aug-plus", "--no-cos", "--temperature", "0.07", "--blur", "0"]
+
+
+def words(data, out, *flags):
+    """A run on a few shapes, in two short epochs."""
+    return ["--dataset", str(data), "--out", str(out), *SMALL, *map(str, flags)]
 
 
 def small_run(data, out, *flags):
-    """main on a few shapes, in two short epochs."""
-    return moco.main(moco.parse_args(["--dataset", str(data), "--out", str(out), *SMALL, *map(str, flags)]))
+    return moco.main(moco.parse_args(words(data, out, *flags)))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def unit(*shape, dim=1, seed=0):
-    return F.normalize(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=dim)
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(shape, dtype=torch.float64, generator=generator), dim=dim)
 
 
 @pytest.fixture
@@ -35,283 +54,415 @@ def model():
     return moco.MoCo(moco.parse_args(["--queue-size", "12", "--bn-groups", "2"]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Loss
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 8), (8, 3)])
 def test_info_nce_is_equation_1(N, K, temperature):
-    query, key, queue = unit(N, 6), unit(N, 6, seed=1), unit(6, K, dim=0, seed=2)
+    query = unit(N, 6)
+    key = unit(N, 6, seed=1)
+    queue = unit(6, K, dim=0, seed=2)
     expected = 0
     for n in range(N):
         positive = math.exp((query[n] @ key[n]).item() / temperature)
-        negatives = sum(math.exp((query[n] @ queue[:, i]).item() / temperature) for i in range(K))
-        expected -= math.log(positive / (positive + negatives)) / N
+        others = [math.exp((query[n] @ queue[:, i]).item() / temperature) for i in range(K)]
+        expected -= math.log(positive / (positive + sum(others))) / N
     loss = moco.info_nce(query, key, queue, temperature)
     assert loss.item() == pytest.approx(expected, abs=1e-9)
-    logits = torch.cat([torch.einsum("nc,nc->n", query, key)[:, None], query @ queue], dim=1) / temperature
-    assert loss.item() == pytest.approx(F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64)).item(), abs=1e-12)
 
 
 def test_info_nce_of_identical_vectors_is_chance():
     x = unit(1, 6).expand(4, 6)
-    assert moco.info_nce(x, x, x[:1].T.expand(6, 31), 0.1).item() == pytest.approx(math.log(32), abs=1e-9)
+    queue = x[:1].T.expand(6, 31)
+    assert moco.info_nce(x, x, queue, 0.1).item() == pytest.approx(math.log(32), abs=1e-9)
 
 
-def test_gradient_reaches_the_query_encoder_alone(model):
-    x, generator = torch.rand(8, 3, 32, 32), torch.Generator().manual_seed(0)
-    query, key = (F.normalize(h, dim=1) for h in (model.query_encoder(x), model.keys(x, generator)))
-    moco.info_nce(query, key, model.queue, 0.2).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.query_encoder.parameters() if p.ndim > 1)
+def test_gradient_reaches_the_query_encoder_only(model):
+    x = torch.rand(8, 3, 32, 32)
+    query, key = model(x, x, torch.Generator().manual_seed(0))
+    query = F.normalize(query, dim=1)
+    moco.info_nce(query, F.normalize(key, dim=1), model.queue, 0.2).backward()
+    weights = [p for p in model.query_encoder.parameters() if p.ndim > 1]
+    assert all(p.grad.abs().sum() > 0 for p in weights)
     assert all(p.grad is None and not p.requires_grad for p in model.key_encoder.parameters())
-    assert not key.requires_grad and not model.queue.requires_grad and model.queue.grad is None
+    assert not key.requires_grad
+    assert not model.queue.requires_grad
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_similarities_are_means_over_the_batch():
+    query = unit(5, 6)
+    key = 0.5 * query
+    queue = unit(6, 8, dim=0, seed=2)
+    queue[:, 3] = query[0]  # closer to the first query than its own key
+    found = moco.similarities(query, key, queue)
+    closest = [max((query[n] @ queue[:, i]).item() for i in range(8)) for n in range(5)]
+    assert closest[0] > 0.5
+    assert found["accuracy"].item() == pytest.approx(sum(s < 0.5 for s in closest) / 5)
+    assert found["positive"].item() == pytest.approx(0.5)
+    for quarter in range(4):
+        pairs = [(n, i) for n in range(5) for i in (2 * quarter, 2 * quarter + 1)]
+        expected = sum((query[n] @ queue[:, i]).item() for n, i in pairs) / 10
+        assert found["queue"][quarter].item() == pytest.approx(expected)
+
+
+# ==================================================================================================
 # Queue, moving average, batch norm
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
 @pytest.mark.parametrize("size", [4, 5, 12, 20])  # keys of a step; the queue has room for 12
 def test_the_queue_is_first_in_first_out(model, size):
-    assert torch.allclose(model.queue.norm(dim=0), torch.ones(12)) and len(model.queue.T.unique(dim=0)) == 12
+    assert torch.allclose(model.queue.norm(dim=0), torch.ones(12))
+    assert len(model.queue.T.unique(dim=0)) == 12
     remembered = model.queue[0].tolist()
     for number in range(1, 8):
         keys = torch.full((size, 128), 100.0 * number) + torch.arange(size)[:, None]
         model.enqueue(keys)
         remembered = (remembered + keys[:, 0].tolist())[-12:]
-        assert model.queue[0].tolist() == remembered and (model.queue == model.queue[0]).all() == (number * size >= 12)
+        assert model.queue[0].tolist() == remembered
+        assert (model.queue == model.queue[0]).all() == (number * size >= 12)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.99, 1.0])
-def test_moving_average(momentum):
+def test_the_moving_average_is_equation_2(momentum):
     torch.manual_seed(0)
     key, query = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
-    before, buffers = [p.clone() for p in key.parameters()], [b.clone() for b in key.buffers()]
+    before = [p.clone() for p in key.parameters()]
+    buffers = [b.clone() for b in key.buffers()]
     moco.ema_update(key, query, momentum)
     for new, old, other in zip(key.parameters(), before, query.parameters(), strict=True):
-        torch.testing.assert_close(new, momentum * old + (1 - momentum) * other, rtol=1e-6, atol=1e-7)
+        expected = momentum * old + (1 - momentum) * other
+        torch.testing.assert_close(new, expected, rtol=1e-6, atol=1e-7)
         if momentum in (0, 1):
             assert torch.equal(new, old if momentum else other)
-    assert all(torch.equal(a, b) for a, b in zip(key.buffers(), buffers, strict=True))
+    assert_same(list(key.buffers()), buffers)
 
 
-def test_split_batch_norm_treats_groups_by_themselves():
+@pytest.fixture
+def split():
+    """Batch norm in two groups, and a batch."""
     torch.manual_seed(0)
-    split, x = moco.SplitBatchNorm(3, groups=2), torch.randn(8, 3, 4, 4) * 2 + 1
-    x = x.contiguous(memory_format=torch.channels_last)
-    split.weight.data, split.bias.data = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.1, 0.2])
-    y = split(x)
+    norm = moco.SplitBatchNorm(3, groups=2)
+    norm.weight.data = torch.tensor([1.0, 2.0, 3.0])
+    norm.bias.data = torch.tensor([0.0, 0.1, 0.2])
+    x = torch.randn(8, 3, 4, 4) * 2 + 1
+    return norm, x.contiguous(memory_format=torch.channels_last)
+
+
+def test_batch_norm_treats_groups_by_themselves(split):
+    norm, x = split
+    y = norm(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    means, variances = [], []
     for group, part in zip(y.chunk(2), x.chunk(2), strict=True):
-        norm = nn.BatchNorm2d(3)
-        norm.weight.data, norm.bias.data = split.weight.data, split.bias.data
-        torch.testing.assert_close(group, norm(part))
-        means.append(norm.running_mean)
-        variances.append(norm.running_var)
-    torch.testing.assert_close(split.running_mean, sum(means) / 2)
-    torch.testing.assert_close(split.running_var, sum(variances) / 2)
-    assert not torch.allclose(y, nn.BatchNorm2d(3)(x), atol=1e-3)
-    shape = (3, 1, 1)
-    expected = (x[:3] - split.running_mean.view(shape)) / (split.running_var.view(shape) + split.eps).sqrt()
-    expected = expected * split.weight.view(shape) + split.bias.view(shape)
-    torch.testing.assert_close(split.eval()(x[:3]), expected)  # no groups at test time
+        reference = nn.BatchNorm2d(3)
+        reference.load_state_dict(norm.state_dict())
+        torch.testing.assert_close(group, reference(part))
+    whole = nn.BatchNorm2d(3)
+    whole.load_state_dict(norm.state_dict())
+    assert not torch.allclose(y, whole(x), atol=1e-3)
 
 
-def test_keys_are_made_in_another_order_and_come_back_in_theirs(model, monkeypatch):
-    x, seen, forward = torch.rand(8, 3, 32, 32), [], model.key_encoder.forward
-    monkeypatch.setattr(model.key_encoder, "forward", lambda x: seen.append(x) or forward(x))
+def test_running_statistics_average_the_groups(split):
+    norm, x = split
+    for _ in range(200):
+        norm(x)
+    means = [part.mean((0, 2, 3)) for part in x.chunk(2)]
+    variances = [part.var((0, 2, 3)) for part in x.chunk(2)]
+    torch.testing.assert_close(norm.running_mean, sum(means) / 2, rtol=0, atol=0.03)
+    torch.testing.assert_close(norm.running_var, sum(variances) / 2, rtol=0.03, atol=0)
+    fresh = moco.SplitBatchNorm(3, groups=2)
+    fresh(torch.ones(8, 3, 4, 4))
+    step = torch.full((3,), 1 - 0.95**2)  # two groups, each with half of PyTorch's 0.1
+    torch.testing.assert_close(fresh.running_mean, step)
+
+
+def test_there_are_no_groups_at_test_time(split):
+    norm, x = split
+    norm(x)
+    mean, var, weight, bias = (
+        t.view(3, 1, 1) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    expected = (x[:3] - mean) / (var + norm.eps).sqrt() * weight + bias
+    torch.testing.assert_close(norm.eval()(x[:3]), expected)
+
+
+def test_keys_are_shuffled_and_come_back_in_order(model, monkeypatch):
+    x = torch.rand(8, 3, 32, 32)
+    seen = spy(monkeypatch, model.key_encoder, "forward")
     keys = model.eval().keys(x, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(keys, forward(x).detach(), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(seen[0], x) and torch.equal(seen[0].sum((1, 2, 3)).sort()[0], x.sum((1, 2, 3)).sort()[0])
-    other = model.train().keys(x, torch.Generator().manual_seed(1))
-    assert not torch.allclose(other, model.keys(x, torch.Generator().manual_seed(2)), atol=1e-4)  # in other groups
+    expected = model.key_encoder(x).detach()
+    torch.testing.assert_close(keys, expected, rtol=1e-4, atol=1e-5)
+    ((shuffled,), _) = seen
+    assert not torch.equal(shuffled, x)
+    sums = [batch.sum((1, 2, 3)).sort().values for batch in (shuffled, x)]
+    assert torch.equal(*sums)
+
+
+def test_shuffled_keys_meet_other_statistics(model):
+    x = torch.rand(8, 3, 32, 32)
+    first, second = (model.train().keys(x, torch.Generator().manual_seed(s)) for s in (1, 2))
+    assert not torch.allclose(first, second, atol=1e-4)
 
 
 def test_no_query_meets_its_own_key_in_the_queue(tiny_shapes, tmp_path, monkeypatch):
-    loss, seen = moco.info_nce, []
-
-    def info_nce(query, key, queue, temperature):
-        seen.append((key, queue))
-        return loss(query, key, queue, temperature)
-
-    monkeypatch.setattr(moco, "info_nce", info_nce)
+    calls = spy(monkeypatch, moco, "info_nce")
     small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
-    for (key, queue), (_, later) in zip(seen, seen[1:], strict=False):
-        assert (key @ queue).amax() < 1 - 1e-6 and torch.equal(later[:, -32:], key.T)
+    for (_, key, queue, _), (_, _, later, _) in zip(calls[:-1], calls[1:], strict=True):
+        assert (key @ queue).amax() < 1 - 1e-6
+        assert torch.equal(later[:, -32:], key.T)
         assert torch.equal(later[:, :-32], queue[:, 32:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Versions
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
-def test_versions_1_and_2():
-    v1, v2 = moco.parse_args(["--no-mlp", "--no-aug-plus", "--no-cos"]), moco.parse_args([])
-    assert (v1.mlp, v1.aug_plus, v1.cos) == (False, False, False) and v2.mlp and v2.aug_plus and v2.cos
-    assert [type(m) for m in moco.MoCo(v1).query_encoder[1:]] == [nn.Linear]
-    assert [type(m) for m in moco.MoCo(v2).query_encoder[1:]] == [nn.Linear, nn.ReLU, nn.Linear]
-    images = common.load_dataset("shapes").train_images[:64]
-    views = [moco.two_views(images, args, torch.Generator().manual_seed(0)) for args in (v1, v2)]
-    assert views[0].shape == views[1].shape == (128, 3, 32, 32) and not torch.equal(*views)
+def test_the_command_of_version_1_is_version_1():
+    text = moco.__doc__
+    assert f"python moco.py {' '.join(VERSION_1)}" in " ".join(text.split())
+    args = moco.parse_args(["--dataset", "cifar10", *VERSION_1])
+    assert (args.mlp, args.aug_plus, args.cos) == (False, False, False)
+    assert (args.temperature, args.blur, args.warmup, args.optimizer) == (0.07, 0, 0, "sgd")
+    moco.use_recipe(args, moco.LARGE_IMAGES)
+    assert (args.temperature, args.blur) == (0.07, 0)
+
+
+def test_heads_of_versions_1_and_2():
+    heads = []
+    for flags in (VERSION_1, []):
+        encoder = moco.MoCo(moco.parse_args(flags)).query_encoder
+        heads.append([type(module) for module in encoder[1:]])
+    assert heads == [[nn.Linear], [nn.Linear, nn.ReLU, nn.Linear]]
 
 
 @pytest.mark.parametrize("version", ["--no-aug-plus", "--aug-plus"])
 def test_views_are_those_of_the_authors(monkeypatch, version):
     calls = []
 
-    def record(name):
-        monkeypatch.setattr(common, name, lambda x, _, *values, **more: calls.append((name, *values, more)) or x)
+    def noted(name):
+        def operator(x, _, *values, **options):
+            calls.append((name, *values, options))
+            return x
+
+        monkeypatch.setattr(common, name, operator)
 
     for name in ("random_color_jitter", "random_grayscale", "random_gaussian_blur"):
-        record(name)
-    moco.two_views(
-        torch.zeros(2, 3, 8, 8), moco.parse_args(["--gray", "0.2", "--blur", "0.5", version]), torch.Generator()
-    )
-    jitter = dict(brightness=0.4, contrast=0.4, saturation=0.4)
-    v1, v2 = (("random_color_jitter", jitter | more) for more in (dict(hue=0.4, p=1.0), dict(hue=0.1, p=0.8)))
-    gray, blur = ("random_grayscale", 0.2, {}), ("random_gaussian_blur", dict(p=0.5))
+        noted(name)
+    args = moco.parse_args(["--gray", "0.2", "--blur", "0.5", version])
+    moco.two_views(torch.zeros(2, 3, 8, 8), args, torch.Generator())
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
+    v1 = ("random_color_jitter", jitter | {"hue": 0.4, "p": 1.0})
+    v2 = ("random_color_jitter", jitter | {"hue": 0.1, "p": 0.8})
+    gray = ("random_grayscale", 0.2, {})
+    blur = ("random_gaussian_blur", {"p": 0.5})
     assert calls == ([v2, gray, blur] if version == "--aug-plus" else [gray, v1, blur])
 
 
-@pytest.mark.parametrize("cos", [True, False])
-def test_schedules(cos):
-    words = ["--cos" if cos else "--no-cos", "--warmup", "0.1", "--lr", "1"]
-    optimizer, schedule = moco.make_optimizer(nn.Linear(2, 2), moco.parse_args(words), 256, 100)
-    rate = []
+@pytest.mark.parametrize(("progress", "size"), [(0.0, 16), (0.49, 16), (0.5, 32), (1.0, 32)])
+def test_views_are_half_as_large_until_then(progress, size):
+    images = common.load_dataset("shapes").train_images[:2]
+    args = moco.parse_args(["--half-size-until", "0.5"])
+    views = moco.two_views(images, args, torch.Generator().manual_seed(0), progress)
+    assert views.shape == (4, 3, size, size)
+
+
+def rates(*flags):
+    """The learning rate of each of 100 steps, and of two beyond the last."""
+    args = moco.parse_args(["--warmup", "0.1", "--lr", "1", *flags])
+    optimizer, schedule = moco.make_optimizer(nn.Linear(2, 2), args, 256, 100)
+    seen = []
     for _ in range(102):
-        rate.append(optimizer.param_groups[0]["lr"])
+        seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    return seen
+
+
+def test_version_2_falls_along_a_cosine():
+    rate = rates("--cos")
     assert rate[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
-    if cos:
-        assert rate[55] == pytest.approx(0.5) and rate[100:] == pytest.approx([0, 0])
-    else:  # of the 90 steps after the warmup
-        assert rate[63:65] == pytest.approx([1, 0.1]) and rate[81:83] == pytest.approx([0.1, 0.01])
-        assert rate[101] == pytest.approx(0.01)
+    assert rate[55] == pytest.approx(0.5)
+    assert rate[100:] == pytest.approx([0, 0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_version_1_falls_in_two_steps():
+    rate = rates("--no-cos")  # after 60 and 80 % of the 90 steps that follow the warmup
+    assert rate[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    assert rate[63:65] == pytest.approx([1, 0.1])
+    assert rate[81:83] == pytest.approx([0.1, 0.01])
+    assert rate[101] == pytest.approx(0.01)
+
+
+# ==================================================================================================
 # The script
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+
+RESULTS = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
+RESULTS |= {"untrained.pt", "views.png", "neighbors.png"}
 
 
-def test_files_of_a_run(tiny_shapes, tmp_path):
-    summary = small_run(tiny_shapes, tmp_path / "run", "--momentum", 0)
-    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", "views.png", "neighbors.png"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names | {".lock"}
-    assert summary["method"] == "moco" and set(summary["trained"]) == {"knn", "linear_probe"}
+def test_a_run_leaves_its_files(tiny_shapes, tmp_path):
+    summary = small_run(tiny_shapes, tmp_path / "run")
+    assert files(tmp_path / "run") == RESULTS
+    assert summary["method"] == "moco"
+    assert set(summary["trained"]) == {"knn", "linear_probe"}
     for line in summary["history"]:
-        assert line["bound"] == pytest.approx(math.log(65) - line["loss"]) and len(line["queue"]) == 4
-        assert 0 <= line["accuracy"] <= 1 and -1 <= line["positive"] <= 1
-    encoder = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+        assert line["bound"] == pytest.approx(math.log(65) - line["loss"], abs=1e-5)
+        assert len(line["queue"]) == 4
+        assert 0 <= line["accuracy"] <= 1
+        assert -1 <= line["positive"] <= 1
+    encoder = load(tmp_path / "run/encoder.pt")
     moco.build_encoder("small")[0].load_state_dict(encoder)
-    assert not torchvision.models.resnet18().load_state_dict(encoder, strict=False).unexpected_keys
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
-    for key, value in encoder.items():
-        assert torch.equal(state["query_encoder.0." + key], value)
-        if "running" not in key:
-            assert torch.equal(state["key_encoder.0." + key], value)  # momentum 0 copies
+    resnet = torchvision.models.resnet18()
+    assert not resnet.load_state_dict(encoder, strict=False).unexpected_keys
 
 
-def test_the_first_epochs_have_views_of_half_the_side(tiny_shapes, tmp_path, monkeypatch):
-    sides, two_views = [], moco.two_views
-    monkeypatch.setattr(moco, "two_views", lambda *args: sides.append((x := two_views(*args)).shape[2:]) or x)
-    small_run(tiny_shapes, tmp_path / "run", "--half-size", 0.5)
-    assert sides == 4 * [(32, 32)] + 3 * [(16, 16)] + 3 * [(32, 32)]  # those of views.png come first
-
-
-def test_with_momentum_1_the_key_encoder_stays_as_it_was(tiny_shapes, tmp_path):
-    small_run(tiny_shapes, tmp_path / "run", "--momentum", 1, "--epochs", 1)
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
+@pytest.mark.parametrize("momentum", [0, 1])
+def test_key_encoders_without_and_with_all_momentum(tiny_shapes, tmp_path, momentum):
+    small_run(tiny_shapes, tmp_path / "run", "--ema-momentum", momentum, "--epochs", 1)
+    state = load(tmp_path / "run/checkpoint.pt")["model"]
     torch.manual_seed(0)
-    for name, parameter in moco.MoCo(moco.parse_args(SMALL)).key_encoder.named_parameters():
-        assert torch.equal(state[f"key_encoder.{name}"], parameter)
-        assert parameter.ndim == 1 or not torch.equal(state[f"query_encoder.{name}"], parameter)
+    for name, untrained in moco.MoCo(moco.parse_args(SMALL)).key_encoder.named_parameters():
+        key = state[f"key_encoder.{name}"]
+        query = state[f"query_encoder.{name}"]
+        assert torch.equal(key, untrained if momentum else query)
+        assert untrained.ndim == 1 or not torch.equal(query, untrained)
+
+
+def test_both_encoders_begin_with_the_weights_of_a_file(tiny_shapes, tmp_path):
+    torch.manual_seed(5)
+    weights = dict(moco.build_encoder("small")[0].state_dict())
+    torch.save(weights, tmp_path / "weights.pt")
+    args = moco.parse_args(words(tiny_shapes, tmp_path / "run", "--init", tmp_path / "weights.pt"))
+    model = moco.MoCo(args)
+    for encoder in (model.query_encoder[0], model.key_encoder[0]):
+        assert_same(dict(encoder.state_dict()), weights)
+    args.epochs = 0
+    assert moco.main(args)["history"] == []
+    assert_same(load(tmp_path / "run/encoder.pt"), weights)
 
 
 def test_it_learns(some_shapes, tmp_path):
-    flags = "--batch-size", 64, "--queue-size", 256, "--lr", 4e-3, "--weight-decay", 0.05, "--crop", 0.8, "--gray", 0.5
-    summary = small_run(some_shapes, tmp_path / "run", *flags, "--half-size", 0, "--epochs", 3, "--eval-every", 3)
-    second, last = summary["history"][1], summary["history"][-1]  # the random vectors have left the queue
-    assert last["bound"] > second["bound"] + 0.1 and last["positive"] > last["queue"][0] + 0.05
-    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.03
+    flags = ["--batch-size", 64, "--queue-size", 256, "--lr", 4e-3, "--weight-decay", 0.05]
+    flags += ["--crop", 0.8, "--gray", 0.5, "--half-size-until", 0, "--epochs", 3]
+    summary = small_run(some_shapes, tmp_path / "run", *flags, "--eval-every", 3)
+    second, last = summary["history"][1:]  # the random vectors have left the queue
+    assert last["bound"] > second["bound"] + 0.1
+    assert last["positive"] > last["queue"][0] + 0.05
+    trained = summary["trained"]["linear_probe"]
+    assert trained > summary["untrained"]["linear_probe"] + 0.03
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny_shapes, tmp_path_factory):
-    small_run(tiny_shapes, folder := tmp_path_factory.mktemp("unbroken") / "run")
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-
-
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tmp_path):
-    calls, loss = [], moco.info_nce
-
-    def info_nce(*args):
-        calls.append(1)
-        if len(calls) == 5:  # of three an epoch: a checkpoint is there
-            raise Killed
-        return loss(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(moco, "info_nce", info_nce)
+def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, tmp_path):
+    small_run(tiny_shapes, tmp_path / "unbroken")
+    with killed_at(moco, "info_nce", 5):  # of three an epoch: a checkpoint is there
         small_run(tiny_shapes, tmp_path / "run")
     moco.main(moco.parse_args(["--resume", str(tmp_path / "run")]))
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
-    assert set(state) == set(unbroken) and "queue" in state
-    assert all(torch.equal(value, unbroken[key]) for key, value in state.items())
+    states = [load(tmp_path / name / "checkpoint.pt")["model"] for name in ("run", "unbroken")]
+    assert "queue" in states[0]
+    assert_same(*states)
+    assert records(tmp_path / "run") == records(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--queue-size", "4097"], "--queue-size 4097: at most the 4096 images, or each would be its own negative"),
-        (["--batch-size", "63"], "--batch-size 63: of 4096 images, must make 2 --bn-groups of 2 or more"),
-        (["--batch-size", "8", "--bn-groups", "8"], "--batch-size 8: of 4096 images, must make 8 --bn-groups of 2"),
-        (["--batch-size", "4098"], "--batch-size 4098: of 4096 images"),
-        (["--momentum", "1.1"], "--momentum 1.1: must be from 0 to 1"),
-        (["--temperature", "0"], "--temperature 0.0: must be from 0.01 to inf"),
-        (["--labels", "10"], "unrecognized arguments: --labels 10"),
-    ],
-)
-def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
+BAD = [
+    (["--queue-size", "4097"], "--queue-size 4097: must be at most the 4096 images; beyond that"),
+    (["--batch-size", "63"], "--batch-size 63: of 4096 images, must make 2 --bn-groups of 2 or"),
+    (["--batch-size", "8", "--bn-groups", "8"], "--batch-size 8: of 4096 images, must make 8 -"),
+    (["--batch-size", "4098"], "--batch-size 4098: of 4096 images"),
+    (["--ema-momentum", "1.1"], "--ema-momentum 1.1: must be from 0 to 1"),
+    (["--momentum", "0.9"], "--momentum 0.9; did you mean --ema-momentum?"),
+    (["--temperature", "0"], "--temperature 0.0: must be at least 0.01"),
+    (["--labels", "10"], "unrecognized arguments: --labels 10"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, error_of, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["moco.py", *words])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "moco.py"), run_name="__main__")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and message in line and list(tmp_path.iterdir()) == []
+    assert message in error_of(moco.run, *flags)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_recipes_fit_themselves_and_few_images(tmp_path, monkeypatch):
-    for words in ([], ["--dataset", "cifar10"], ["--dataset", "cifar10", "--encoder", "small"]):
-        args = moco.parse_args(words)
-        assert args.batch_size % args.bn_groups == 0 and args.batch_size >= 2 * args.bn_groups
-    images, labels = np.random.default_rng(0).integers(0, 256, (45, 80, 80, 3), dtype=np.uint8), np.arange(45) % 2
-    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    monkeypatch.setattr(moco, "pretrain", lambda *_: [{"epoch": 1, "seconds": 1.0}])
-    words = ["--dataset", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run"), "--encoder", "small"]
-    args = moco.main(moco.parse_args([*words, "--image-size", "96"]))["args"]
-    assert (args["batch_size"], args["queue_size"]) == (44, 11)
-    assert (args["temperature"], args["gray"], args["blur"]) == (0.2, 0.2, 0.5)  # version 2
+@pytest.mark.parametrize("flags", [[], ["cifar10"], ["cifar10", "--encoder", "small"]])
+def test_recipes_make_whole_groups(flags):
+    args = moco.parse_args(["--dataset", *flags] if flags else [])
+    assert args.batch_size % args.bn_groups == 0
+    assert args.batch_size >= 2 * args.bn_groups
 
 
-def test_two_processes_do_what_one_does(two_processes):
-    folder, printed = two_processes
-    for name in ("keys", "gradient"):
-        for rank in range(2):
-            assert float((folder / f"moco-{name}-{rank}.txt").read_text()) < 1e-10
-    models = [torch.load(folder / f"moco-{rank}.pt", weights_only=True) for rank in range(2)]
-    assert models[0].keys() == models[1].keys() >= {"queue"}
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    out = printed[0][printed[0].index("moco on") : printed[0].index("rotnet on")]
-    assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
-    assert printed[1] == "" and (folder / "moco/summary.json").exists()
+def test_few_images_shrink_batch_and_queue(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (45, 80, 80, 3), dtype=np.uint8)
+    arrays = {"train_images": images, "train_labels": np.arange(45) % 2}
+    arrays |= {"test_images": images, "test_labels": np.arange(45) % 2}
+    np.savez(tmp_path / "few.npz", **arrays)
+    monkeypatch.setattr(moco, "pretrain", lambda *_: [])
+    flags = ["--dataset", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run")]
+    args = moco.parse_args([*flags, "--encoder", "small", "--image-size", "96"])
+    moco.main(args)
+    assert (args.batch_size, args.queue_size) == (44, 11)
+    assert (args.temperature, args.gray, args.blur) == (0.2, 0.2, 0.5)  # version 2
+
+
+# ==================================================================================================
+# Several processes
+# ==================================================================================================
+
+
+def both_compute_gradients():
+    """Of half a batch in each process; batch norm in one has the groups of both."""
+    args = moco.parse_args([*SMALL, "--queue-size", "20", "--batch-size", "8"])
+    torch.manual_seed(0)
+    model = moco.MoCo(args).double().train()
+    torch.manual_seed(0)
+    single = moco.MoCo(args).double().train()
+    norms = [m for m in single.modules() if isinstance(m, moco.SplitBatchNorm)]
+    assert {norm.groups for norm in norms} == {1}
+    for norm in norms:
+        norm.groups = 2
+
+    generator = torch.Generator().manual_seed(1)
+    x_q, x_k = torch.rand(2, 8, 3, 32, 32, generator=generator).double()
+    mine = slice(4 * moco.RANK, 4 * moco.RANK + 4)
+    network = nn.parallel.DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(10 + moco.RANK)  # not the same in both
+    query, keys = network(x_q[mine], x_k[mine], generator)
+    key = F.normalize(keys[mine], dim=1)
+    moco.info_nce(F.normalize(query, dim=1), key, model.queue, 0.2).backward()
+
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(10))  # process 0 decides
+    key = single.key_encoder(x_k[order])[order.argsort()]
+    torch.testing.assert_close(keys, key, rtol=1e-10, atol=1e-10)
+    query = F.normalize(single.query_encoder(x_q), dim=1)
+    moco.info_nce(query, F.normalize(key.detach(), dim=1), single.queue, 0.2).backward()
+    pairs = zip(model.query_encoder.parameters(), single.query_encoder.parameters(), strict=True)
+    for p, expected in pairs:
+        torch.testing.assert_close(p.grad, expected.grad, rtol=1e-10, atol=1e-10)
+
+
+def both_train(data, folder):
+    """A run, and the same once more from its first checkpoint on."""
+    both_compute_gradients()
+    flags = words(data, f"{folder}/run", "--device", "cpu")
+    train_and_keep(f"{folder}/unbroken", moco, moco.parse_args(flags))
+    with killed_at(moco, "info_nce", 5):
+        moco.main(moco.parse_args([*flags, "--out", f"{folder}/broken"]))
+    args = moco.parse_args(["--resume", f"{folder}/broken"])
+    train_and_keep(f"{folder}/resumed", moco, args)
+
+
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+    first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert second == ""
+    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
+    for name in ("unbroken", "resumed"):
+        assert_same_in_both(tmp_path / name)
+    states = [load(tmp_path / f"{name}-0.pt") for name in ("unbroken", "resumed")]
+    assert "queue" in states[0]
+    assert_same(*states)
+    assert records(tmp_path / "run") == records(tmp_path / "broken")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["method"] == "moco"
+    assert Path(tmp_path / "run/encoder.pt").exists()

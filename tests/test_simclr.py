@@ -1,11 +1,12 @@
-"""The loss against the lecture's formula, the parts of the script, and the script as a person runs it."""
+"""The loss against the paper's formula, the parts of the script, and the script as it is run."""
 
 import dataclasses
+import functools
+import io
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import (
+    assert_same,
+    assert_same_in_both,
+    files,
+    in_two_processes,
+    killed_at,
+    records,
+    spy,
+    train_and_keep,
+)
 from PIL import Image
+from torch import nn
 
 import common
 import moco
@@ -26,114 +38,154 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("shapes_once")
 
 
+def words(data, out, *flags):
+    """A run on a few shapes, in two short epochs."""
+    small = ["--encoder", "small", "--epochs", "2", "--batch-size", "32"]
+    return ["--dataset", str(data), *small, "--out", str(out), *map(str, flags)]
+
+
 def small_run(data, out, *flags):
-    """main on a few shapes, in two short epochs."""
-    words = ["--dataset", str(data), "--encoder", "small", "--epochs", "2", "--batch-size", "32", "--out", str(out)]
-    return simclr.main(simclr.parse_args([*words, *map(str, flags)]))
+    return simclr.main(simclr.parse_args(words(data, out, *flags)))
 
 
 def resumed(run, *flags):
     return simclr.main(simclr.parse_args(["--resume", str(run), *map(str, flags)]))
 
 
-def error_of(monkeypatch, capsys, *words):
-    """What `python simclr.py ...` says of bad input: one line on stderr, and exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("simclr.py: error: ")
-    return line
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
-def files(folder):
-    return {path.name for path in folder.iterdir()} - {".lock"}
+@pytest.fixture(scope="module")
+def unbroken(tiny_shapes, tmp_path_factory):
+    """The folder of a run that nothing has stopped. It is read only."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    small_run(tiny_shapes, folder)
+    return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def finished(unbroken, tmp_path):
+    """A copy of it to work with."""
+    return shutil.copytree(unbroken, tmp_path / "run")
+
+
+# ==================================================================================================
 # Loss
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
-def lecture_loss(z1, z2, temperature):
-    """Algorithm 1 of the lecture, line by line; the views 2k - 1 and 2k of image k lie side by side."""
+def algorithm_1(z1, z2, temperature):
+    """Algorithm 1 of the paper, line by line; views 2k - 1 and 2k of image k lie side by side."""
     z = [view for pair in zip(z1, z2, strict=True) for view in pair]
     s = [[(a @ b / (a.norm() * b.norm())).item() for b in z] for a in z]
 
     def pair_loss(i, j):
-        return -math.log(
-            math.exp(s[i][j] / temperature) / sum(math.exp(s[i][k] / temperature) for k in range(len(z)) if k != i)
-        )
+        others = [math.exp(s[i][k] / temperature) for k in range(len(z)) if k != i]
+        return -math.log(math.exp(s[i][j] / temperature) / sum(others))
 
     return sum(pair_loss(k, k + 1) + pair_loss(k + 1, k) for k in range(0, len(z), 2)) / len(z)
 
 
+def draw(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("N", [2, 3, 13])
-def test_nt_xent_is_the_lectures_formula(N, temperature):
-    z1, z2 = torch.randn(2, N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(N))
-    expected = lecture_loss(z1, z2, temperature)
+def test_nt_xent_is_the_papers_formula(N, temperature):
+    z1, z2 = draw(2, N, 6, seed=N)
+    expected = algorithm_1(z1, z2, temperature)
     assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("N", [2, 16])
 def test_nt_xent_of_identical_projections_is_chance(N):
-    z = torch.randn(1, 6, dtype=torch.float64).expand(N, 6)
+    z = draw(1, 6).expand(N, 6)
     assert simclr.nt_xent(z, z, 0.1).item() == pytest.approx(math.log(2 * N - 1), abs=1e-9)
 
 
 def test_nt_xent_has_the_gradient_of_the_formula():
-    z1, z2 = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.autograd.gradcheck(lambda a, b: simclr.nt_xent(a, b, 0.3), (z1.requires_grad_(), z2.requires_grad_()))
+    z1, z2 = draw(2, 4, 3)
+    inputs = z1.requires_grad_(), z2.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: simclr.nt_xent(a, b, 0.3), inputs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_spread_is_0_at_one_point_and_1_all_around():
+    z = draw(1, 6).expand(50, 6)
+    assert simclr.spread(z).item() == pytest.approx(0, abs=1e-6)
+    assert simclr.spread(torch.cat([z, -3 * z])).item() == pytest.approx(1, abs=1e-6)
+
+
+# ==================================================================================================
 # Views, model, optimizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
 def test_two_views_keep_the_order_of_the_images():
-    flat = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(25, 3, 8, 8)
+    values = torch.arange(0, 250, 10, dtype=torch.uint8)
+    flat = values[:, None, None, None].expand(25, 3, 8, 8)
     args = simclr.parse_args(["--jitter-strength", "0", "--gray", "0", "--blur", "1"])
     views = simclr.two_views(flat, args, torch.Generator().manual_seed(0))
     torch.testing.assert_close(views, torch.cat([flat, flat]) / 255)
 
 
 def test_two_views_differ_and_a_seed_fixes_them():
-    images, args = common.load_dataset("shapes").train_images[:40], simclr.parse_args([])
-    first, again, other = (simclr.two_views(images, args, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    assert torch.equal(first, again) and first.shape == (80, 3, 32, 32)
-    assert ((first[:40] - first[40:]).abs().mean((1, 2, 3)) > 0.005).all() and not torch.equal(first, other)
-    assert 0 <= first.min() and first.max() <= 1
+    images = common.load_dataset("shapes").train_images[:40]
+    args = simclr.parse_args([])
+    first, again, other = (
+        simclr.two_views(images, args, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert first.shape == (80, 3, 32, 32)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert ((first[:40] - first[40:]).abs().mean((1, 2, 3)) > 0.005).all()
+    assert first.min() >= 0
+    assert first.max() <= 1
     colorless = (first.amax(1) - first.amin(1)).amax((1, 2)) < 1e-6
     assert abs(colorless.float().mean() - args.gray) < 0.15
 
 
-@pytest.mark.parametrize(("name", "size"), [("small", 32), ("resnet18", 32), ("resnet18", 96), ("resnet50", 32)])
+@pytest.mark.parametrize(("progress", "size"), [(0.0, 16), (0.89, 16), (0.9, 32), (1.0, 32)])
+def test_views_are_half_as_large_until_then(progress, size):
+    images = common.load_dataset("shapes").train_images[:2]
+    args = simclr.parse_args(["--half-size-until", "0.9"])
+    views = simclr.two_views(images, args, torch.Generator().manual_seed(0), progress)
+    assert views.shape == (4, 3, size, size)
+
+
+ENCODERS = [("small", 32), ("resnet18", 32), ("resnet18", 96), ("resnet50", 32)]
+
+
+@pytest.mark.parametrize(("name", "size"), ENCODERS)
 def test_encoders_are_torchvisions(name, size):
     encoder, D = simclr.build_encoder(name, size)
     assert encoder.eval()(torch.zeros(2, 3, size, size)).shape == (2, D)
-    reference = getattr(torchvision.models, "resnet18" if name == "small" else name)().state_dict()
-    own_stem = name == "small" or size > 64
+    architecture = "resnet18" if name == "small" else name
+    reference = torchvision.models.get_model(architecture).state_dict()
     if name != "small":
         assert {"fc.weight", "fc.bias"} == set(reference) ^ set(encoder.state_dict())
+    imagenet_stem = name == "small" or size > 64
     for key, value in encoder.state_dict().items():
-        assert (value.shape == reference[key].shape) == (own_stem or key != "conv1.weight")
+        same = value.shape == reference[key].shape
+        assert same == (imagenet_stem or key != "conv1.weight")
 
 
 @pytest.mark.parametrize(("projection", "layers"), [("none", 0), ("linear", 1), ("mlp", 4)])
-def test_projection_heads(projection, layers):
-    model = simclr.SimCLR(simclr.parse_args(["--projection", projection]))
+def test_heads_have_their_layers(projection, layers):
+    model = simclr.SimCLR(simclr.parse_args(["--projection", projection])).eval()
     assert len(model.projector) == layers
     x = torch.rand(4, 3, 32, 32)
-    z, h = model.eval()(x), model.encoder(x)
-    assert z.shape == (4, 128) and torch.equal(z, h) == (layers == 0)
+    z = model(x)
+    assert z.shape == (4, 128)
+    assert torch.equal(z, model.encoder(x)) == (layers == 0)
 
 
-def rates(words, batch_size, steps):
-    """The learning rate of each step, and of two beyond the last."""
-    optimizer, schedule = simclr.make_optimizer(torch.nn.Linear(2, 2), simclr.parse_args(words), batch_size, steps)
+def rates(flags, batch_size, steps):
+    """The learning rate of each step, and of two beyond the last; and the optimizer."""
+    args = simclr.parse_args(flags)
+    optimizer, schedule = simclr.make_optimizer(nn.Linear(2, 2), args, batch_size, steps)
     seen = []
     for _ in range(steps + 2):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -145,38 +197,71 @@ def rates(words, batch_size, steps):
 def test_learning_rate_rises_falls_and_stays_down():
     rate, _ = rates(["--warmup", "0.1", "--lr", "1"], 256, 100)
     assert rate[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
-    assert rate[10:] == sorted(rate[10:], reverse=True) and rate[55] == pytest.approx(0.5)
+    assert rate[10:] == sorted(rate[10:], reverse=True)
+    assert rate[55] == pytest.approx(0.5)
     assert rate[100:] == pytest.approx([0, 0])
-    assert rates(["--warmup", "0", "--lr", "1"], 256, 9)[0][0] == 1
+    without, _ = rates(["--warmup", "0", "--lr", "1"], 256, 9)
+    assert without[0] == 1
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_optimizers_scale_the_learning_rate_with_the_batch(name, kind):
-    words = ["--optimizer", name, "--lr", "0.06", "--weight-decay", "0.3", "--warmup", "0"]
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers_scale_the_learning_rate_with_the_batch(kind):
+    name = kind.__name__.lower()
+    flags = ["--optimizer", name, "--lr", "0.06", "--weight-decay", "0.3", "--warmup", "0"]
     for batch_size, expected in ((256, 0.06), (512, 0.12), (64, 0.015)):
-        rate, optimizer = rates(words, batch_size, 3)
-        assert type(optimizer) is kind and rate[0] == pytest.approx(expected)
+        rate, optimizer = rates(flags, batch_size, 3)
+        assert type(optimizer) is kind
+        assert rate[0] == pytest.approx(expected)
     (group,) = optimizer.param_groups
-    assert group["weight_decay"] == 0.3 and len(group["params"]) == 2 and group.get("momentum", 0.9) == 0.9
+    assert group["weight_decay"] == 0.3
+    assert group.get("momentum", 0.9) == 0.9
+    assert len(group["params"]) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Probes
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
-def test_knn_is_the_weighted_vote():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(60, 5, generator=generator), torch.randn(30, 5, generator=generator)
-    bank_labels, labels = (torch.randint(4, (n,), generator=generator) for n in (60, 30))
+def naive_knn(bank, bank_labels, queries, labels, k):
     correct = 0
     for query, label in zip(queries, labels, strict=True):
         s = F.cosine_similarity(query[None], bank)
-        votes = [0.0] * 4
-        for i in s.argsort(descending=True)[:7]:
+        votes = [0.0] * int(bank_labels.max() + 1)
+        for i in s.argsort(descending=True)[:k]:
             votes[bank_labels[i]] += math.exp(s[i] / 0.1)
         correct += votes.index(max(votes)) == label
-    assert simclr.knn_accuracy(bank, bank_labels, queries, labels, k=7) == correct / 30
+    return correct / len(labels)
+
+
+@pytest.mark.parametrize(("cap", "k"), [(7, 7), (200, 12)])  # 12 images are of the smallest class
+def test_knn_is_the_weighted_vote(cap, k):
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(60, 5, generator=generator)
+    queries = torch.randn(30, 5, generator=generator)
+    bank_labels = torch.tensor(12 * [0] + 24 * [1] + 24 * [2])
+    labels = torch.randint(3, (30,), generator=generator)
+    expected = naive_knn(bank, bank_labels, queries, labels, k)
+    assert simclr.knn_accuracy(bank, bank_labels, queries, labels, k=cap) == expected
+    assert expected != naive_knn(bank, bank_labels, queries, labels, 60)
+
+
+def test_a_rare_class_is_not_outvoted():
+    angle = torch.cat([0.01 * torch.arange(12.0), 0.5 + 0.001 * torch.arange(200.0)])
+    h = torch.stack([angle.cos(), angle.sin()], dim=1)
+    labels = torch.tensor(12 * [0] + 200 * [1])
+    assert naive_knn(h, labels, h[:12], labels[:12], 200) == 0
+    assert simclr.knn_accuracy(h, labels, h[:12], labels[:12]) == 1
+
+
+def test_at_least_ten_neighbors_vote_if_there_are_ten():
+    angle = torch.linspace(0, 0.4, 40)
+    bank = torch.stack([angle.cos(), angle.sin()], dim=1)
+    labels = torch.tensor([0] + 39 * [1])  # one image of the smallest class
+    query = bank[:1], torch.tensor([1])
+    assert naive_knn(bank, labels, *query, 1) == 0
+    assert simclr.knn_accuracy(bank, labels, *query) == 1
+    assert simclr.knn_accuracy(bank[:3], labels[:3], *query) == 1  # of two against one
 
 
 def test_features_come_from_a_frozen_encoder():
@@ -184,12 +269,17 @@ def test_features_come_from_a_frozen_encoder():
     encoder = simclr.build_encoder("small")[0].train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     features = simclr.features(encoder, images)
-    assert features.shape == (600, 128) and not features.requires_grad
-    torch.testing.assert_close(features[590:591], simclr.features(encoder.train(), images[590:591]))
-    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    assert features.shape == (600, 128)
+    assert not features.requires_grad
+    torch.testing.assert_close(features[590:591], simclr.features(encoder, images[590:591]))
+    assert_same(dict(encoder.state_dict()), before)
+
+
+def test_features_that_are_not_finite_are_refused():
+    encoder, _ = simclr.build_encoder("small")
     encoder.bn1.weight.data[0] = math.nan
     with pytest.raises(common.UserError, match="the features are not finite"):
-        simclr.features(encoder, images[:8])
+        simclr.features(encoder, common.load_dataset("shapes").test_images[:8])
 
 
 def probe_data(noise):
@@ -199,148 +289,259 @@ def probe_data(noise):
     return x[:400], labels[:400], x[400:], labels[400:]
 
 
-def test_linear_probe():
+def test_linear_probe_is_as_good_as_can_be():
     assert simclr.linear_probe(*probe_data(0.1)) == 1
+    assert 0.45 < simclr.linear_probe(*probe_data(1.0)) < 0.75  # 0.63 is the best possible
+
+
+def test_linear_probe_of_shuffled_labels_is_chance():
     x, y, test, test_y = probe_data(1.0)
-    accuracy = simclr.linear_probe(x, y, test, test_y)
-    assert 0.45 < accuracy < 0.75  # the best possible classifier reads 0.63
-    scale, shift = 10 ** torch.linspace(-2, 2, 8), torch.randn(8, generator=torch.Generator().manual_seed(0))
-    assert simclr.linear_probe(x * scale + shift, y, test * scale + shift, test_y) == pytest.approx(accuracy, abs=0.02)
     shuffled = y[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
     assert simclr.linear_probe(x, shuffled, test, test_y) < 0.45  # chance is 0.33
 
 
-def test_linear_probe_reads_a_test_image_as_if_it_were_the_only_one():
+def test_linear_probe_ignores_scale_and_shift():
+    x, y, test, test_y = probe_data(1.0)
+    scale = 10 ** torch.linspace(-2, 2, 8)
+    shift = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    accuracy = simclr.linear_probe(x, y, test, test_y)
+    moved = simclr.linear_probe(x * scale + shift, y, test * scale + shift, test_y)
+    assert moved == pytest.approx(accuracy, abs=0.02)
+
+
+def test_linear_probe_takes_each_test_image_by_itself():
     x, y, test, test_y = probe_data(0.1)
-    alone = [simclr.linear_probe(x, y, test[i : i + 1], test_y[i : i + 1]) for i in range(12)]
-    assert alone == [1.0] * 12 and len(test_y[:12].unique()) == 3  # nothing is standardized by the test images
+    single = [simclr.linear_probe(x, y, test[i : i + 1], test_y[i : i + 1]) for i in range(12)]
+    assert single == [1.0] * 12  # nothing is standardized by the test images
+    assert len(test_y[:12].unique()) == 3
 
 
-def test_linear_probe_of_one_label_per_class_and_a_constant_feature():
+def test_linear_probe_of_one_label_and_a_constant_feature():
     x, y, test, test_y = probe_data(0.02)
     rows = torch.stack([(y == label).nonzero()[0, 0] for label in range(3)])
-    x[:, 7], test[:, 7] = 5.0, 5.0
+    x[:, 7] = 5.0
+    test[:, 7] = 5.0
     assert simclr.linear_probe(x[rows], y[rows], test, test_y) > 0.5  # chance is 0.33
 
 
-def test_linear_probe_is_regularized_as_scikit_learn_does_with_c_1(monkeypatch):
-    layers, linear = [], torch.nn.Linear
-    monkeypatch.setattr(simclr.nn, "Linear", lambda *size, **options: layers.append(linear(*size)) or layers[-1])
+def test_linear_probe_is_regularized_as_in_scikit_learn(monkeypatch):
+    layers = []
+    linear = nn.Linear
+
+    def kept(*size, **options):
+        layers.append(linear(*size))
+        return layers[-1]
+
+    monkeypatch.setattr(simclr.nn, "Linear", kept)
     x, y, test, test_y = probe_data(0.3)
     simclr.linear_probe(x, y, test, test_y)
     (layer,) = layers
     x = (x - x.mean(0)) / x.std(0, correction=0)
-    objective = F.cross_entropy(layer(x), y, reduction="sum") + 0.5 * layer.weight.square().sum()  # C = 1
+    penalty = 0.5 * layer.weight.square().sum()  # C = 1
+    objective = F.cross_entropy(layer(x), y, reduction="sum") + penalty
     gradient = torch.autograd.grad(objective, [layer.weight, layer.bias])
     assert max(g.abs().max() for g in gradient) < 1e-2 * len(x) ** 0.5
     assert layer.weight.norm() > 1
 
 
-def test_held_out_labels_are_a_fixed_tenth_of_all_classes(tiny_shapes, tmp_path, monkeypatch):
-    arrays = dict(np.load(tiny_shapes))
-    periodic = arrays | {"train_labels": np.arange(96) % 10}
-    np.savez(tmp_path / "periodic.npz", **periodic)
-    seen, knn = [], simclr.knn_accuracy
-    monkeypatch.setattr(simclr, "knn_accuracy", lambda *split: seen.append((split[1], split[3])) or knn(*split))
-    small_run(tmp_path / "periodic.npz", tmp_path / "run", "--epochs", 1, "--seed", 3)
-    ((bank, held),) = (labels for labels in seen if len(labels[1]) == 9)
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))  # whatever the seed of the run
-    assert torch.equal(held, order[:9] % 10) and torch.equal(bank, order[9:] % 10) and len(held.unique()) > 3
+def labelled(count, classes):
+    images = common.load_dataset("shapes").train_images[:count]
+    names = [str(label) for label in range(classes)]
+    labels = torch.arange(count) % classes
+    return common.Dataset(images, labels, images[:classes], labels[:classes], names)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_held_out_labels_are_a_fixed_tenth_of_all_classes(monkeypatch):
+    calls = spy(monkeypatch, simclr, "knn_accuracy")
+    simclr.monitor(simclr.build_encoder("small")[0], labelled(96, 10))
+    ((_, bank_labels, _, held_out),) = calls
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))  # whatever --seed is
+    assert torch.equal(held_out, order[:9] % 10)
+    assert torch.equal(bank_labels, order[9:] % 10)
+    assert len(held_out.unique()) > 3
+
+
+def test_fewer_than_ten_labels_can_be_monitored():
+    metrics = simclr.monitor(simclr.build_encoder("small")[0], labelled(4, 2))
+    assert metrics["knn"] in (0, 1)  # of one image
+
+
+# ==================================================================================================
 # The script
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+
+RESULTS = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
+RESULTS |= {"untrained.pt", "views.png", "neighbors.png"}
+KEYS = "method command args date device threads torch parameters images_per_second"
+KEYS += " most_frequent_class pretrain_seconds total_seconds history untrained trained"
 
 
-def test_files_of_a_run(tiny_shapes, tmp_path, capsys):
+def test_a_run_leaves_its_files(unbroken):
+    assert files(unbroken) == RESULTS
+    assert json.loads((unbroken / "args.json").read_text())["batch_size"] == 32
+
+
+def test_a_summary_says_what_was_done(tiny_shapes, tmp_path):
     summary = small_run(tiny_shapes, tmp_path / "run", "--eval-every", 2)
-    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-    assert files(tmp_path / "run") == names | {"views.png", "neighbors.png"}
-    assert json.loads((tmp_path / "run/args.json").read_text())["batch_size"] == 32
     saved = json.loads((tmp_path / "run/summary.json").read_text())
     assert saved == json.loads(json.dumps(summary))
-    keys = "method command args date device threads torch parameters images_per_second pretrain_seconds total_seconds"
-    assert set(keys.split()) | {"untrained", "trained", "semi_supervised", "history"} == set(summary)
+    assert summary.keys() == {*KEYS.split(), "semi_supervised"}
+    assert summary["method"] == "simclr"
     assert summary["total_seconds"] > summary["pretrain_seconds"] > 0
-    assert summary["command"].startswith(f"python simclr.py --dataset {tiny_shapes} --encoder small --epochs 2")
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert summary["history"] == lines and set(summary["untrained"]) == {"knn", "linear_probe"}
+    start = f"python simclr.py --dataset {tiny_shapes} --encoder small --epochs 2"
+    assert summary["command"].startswith(start)
+    assert set(summary["untrained"]) == {"knn", "linear_probe"}
     assert set(summary["trained"]) == {"knn", "linear_probe", "knn_z", "linear_probe_z"}
-    assert [line["epoch"] for line in lines] == [1, 2] and ["knn" in line for line in lines] == [False, True]
-    assert all(line["bound"] == pytest.approx(math.log(63) - line["loss"]) for line in lines)
-    assert all(0 < line["spread"] <= 1 for line in lines)
-    out = capsys.readouterr().out
-    assert "epoch 2/2" in out and "min left" not in out  # there is no terminal
+    labels = np.load(tiny_shapes)["test_labels"]
+    assert summary["most_frequent_class"] == np.bincount(labels).max() / 30
 
-    encoder = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
-    missing, unexpected = torchvision.models.resnet18().load_state_dict(encoder, strict=False)
-    assert not unexpected and all(key.startswith(("layer1.1", "layer2.1", "layer3", "layer4", "fc")) for key in missing)
-    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert checkpoint["history"] == lines and checkpoint["images"][:2] == [96, 3]
+
+def test_the_log_has_a_line_for_each_epoch(tiny_shapes, tmp_path):
+    summary = small_run(tiny_shapes, tmp_path / "run", "--eval-every", 2)
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines == summary["history"]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert ["knn" in line for line in lines] == [False, True]
+    for line in lines:
+        assert line["bound"] == pytest.approx(math.log(63) - line["loss"], abs=1e-5)
+        assert 0 < line["spread"] <= 1
+
+
+def test_what_is_logged_is_the_mean_over_the_epoch(tiny_shapes, tmp_path, monkeypatch):
+    spreads = iter(torch.arange(6.0))
+    monkeypatch.setattr(simclr, "spread", lambda z: next(spreads))
+    summary = small_run(tiny_shapes, tmp_path / "run")  # of three steps an epoch
+    assert [line["spread"] for line in summary["history"]] == [1, 4]
+
+
+def test_the_encoder_is_the_checkpoints_and_torchvisions(unbroken):
+    encoder = load(unbroken / "encoder.pt")
+    resnet = torchvision.models.resnet18()
+    missing, unexpected = resnet.load_state_dict(encoder, strict=False)
+    assert not unexpected
+    assert all(k.startswith(("layer1.1", "layer2.1", "layer3", "layer4", "fc")) for k in missing)
+    checkpoint = load(unbroken / "checkpoint.pt")
+    assert checkpoint["images"][:2] == [96, 3]
     for key, value in encoder.items():
         assert torch.equal(checkpoint["model"]["encoder." + key], value)
 
 
-def test_the_first_epochs_have_views_of_half_the_side(tiny_shapes, tmp_path, monkeypatch):
-    sides, two_views = [], simclr.two_views
-    monkeypatch.setattr(simclr, "two_views", lambda *args: sides.append((x := two_views(*args)).shape[2:]) or x)
-    small_run(tiny_shapes, tmp_path / "run", "--half-size", 0.5)
-    assert sides == 4 * [(32, 32)] + 3 * [(16, 16)] + 3 * [(32, 32)]  # those of views.png come first
+def test_files_hold_tensors_of_main_memory():
+    class OnDevice(torch.Tensor):
+        def cpu(self):
+            return torch.ones(2)
+
+    x = torch.zeros(2).as_subclass(OnDevice)
+    nest = {"a": [x, {"b": x}], "lr": 0.1}
+    assert_same(simclr.on_cpu(nest), {"a": [torch.ones(2), {"b": torch.ones(2)}], "lr": 0.1})
 
 
-def test_progress_inside_an_epoch_on_a_terminal(tiny_shapes, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("epochs", "advised"), [(2, 334), (166, 334), (167, None)])
+def test_few_steps_are_said_to_be_few(tiny_shapes, tmp_path, monkeypatch, capsys, epochs, advised):
+    monkeypatch.setattr(simclr, "pretrain", lambda *_: [])
+    small_run(tiny_shapes, tmp_path / "run", "--epochs", epochs)
+    out = capsys.readouterr().out
+    assert f"; {3 * epochs} steps; cpu; " in out
+    hint = f"{3 * epochs} steps are few: --epochs {advised} would make a thousand"
+    assert (hint in out) == (advised is not None)
+    assert ("are few" in out) == (advised is not None)
+
+
+def test_results_are_printed_beside_a_guess(tiny_shapes, tmp_path, capsys):
+    summary = small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
+    out = capsys.readouterr().out
+    before = summary["untrained"]["knn"]
+    after = summary["trained"]["knn"]
+    assert re.search(rf"\nknn +{before:.1%} +{after:.1%}\n", out)
+    assert f"guessing the most frequent class: {summary['most_frequent_class']:.1%}" in out
+    assert "min left" not in out  # there is no terminal
+
+
+def test_on_a_terminal_it_says_how_long_it_takes(tiny_shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
     small_run(tiny_shapes, tmp_path / "run", "--batch-size", 8)
     out = capsys.readouterr().out
     for epoch in (1, 2):
-        shares = [int(share) for share in re.findall(rf"epoch {epoch}/2 +(\d+)%, [\d.]+ min left \r", out)]
-        assert shares == [round(100 * step / 12) for step in range(1, 13)]
+        found = re.findall(rf"epoch {epoch}/2 +(\d+)%, [\d.]+ min left \r", out)
+        assert found == [f"{100 * step / 12:.0f}" for step in range(1, 13)]
     assert "min left" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_a_seed_fixes_the_encoder_and_labels_play_no_part(tiny_shapes, unbroken, tmp_path):
+def test_a_seed_fixes_the_encoder_and_labels_do_not_matter(tiny_shapes, unbroken, tmp_path):
     arrays = dict(np.load(tiny_shapes))
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "shuffled.npz", **arrays | {"train_labels": rng.permutation(arrays["train_labels"])})
+    labels = np.random.default_rng(0).permutation(arrays["train_labels"])
+    np.savez(tmp_path / "shuffled.npz", **arrays | {"train_labels": labels})
     small_run(tmp_path / "shuffled.npz", tmp_path / "shuffled")
     small_run(tiny_shapes, tmp_path / "other", "--seed", 1)
-    first, shuffled, other = (
-        torch.load(folder / "encoder.pt", weights_only=True)
-        for folder in (unbroken, tmp_path / "shuffled", tmp_path / "other")
-    )
-    assert_same(first, shuffled)
+    first = load(unbroken / "encoder.pt")
+    assert_same(first, load(tmp_path / "shuffled/encoder.pt"))
+    other = load(tmp_path / "other/encoder.pt")
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
-def test_copied_with_common_alone_it_learns(some_shapes, tmp_path):
+def test_copied_with_common_it_learns(some_shapes, tmp_path):
     for path in (ROOT / "simclr.py", ROOT / "common.py", some_shapes):
         shutil.copy(path, tmp_path)
     recipe = [f"--{name.replace('_', '-')}={value}" for name, value in simclr.SHAPES.items()]
-    words = ["simclr.py", "--dataset", "some.npz", *recipe, "--epochs", "3", "--eval-every", "9", "--out", "run"]
-    command = [sys.executable, "-W", "error", *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and result.stderr == ""
+    flags = ["--epochs", "3", "--eval-every", "9", "--out", "run"]
+    command = ["simclr.py", "--dataset", "some.npz", *recipe, *flags]
+    python = [sys.executable, "-W", "error"]
+    pipes = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run([*python, *command], **pipes)
+    assert (result.returncode, result.stderr) == (0, "")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["command"] == " ".join(["python", *words])
-    assert summary["trained"]["knn"] > summary["untrained"]["knn"] + 0.03
-    assert summary["trained"]["linear_probe"] > summary["untrained"]["linear_probe"] + 0.03
+    assert summary["command"] == " ".join(["python", *command])
+    for probe in ("knn", "linear_probe"):
+        assert summary["trained"][probe] > summary["untrained"][probe] + 0.03
     assert files(tmp_path) - {"__pycache__"} == {"simclr.py", "common.py", "some.npz", "run"}
 
 
 def test_compiled_it_does_the_same(tiny_shapes, tmp_path, monkeypatch):
-    """The graphs are traced and run as they are; generating code for them takes a minute and is PyTorch's business."""
+    """Graphs are traced and run as they are: generating their code takes a minute, and is
+    PyTorch's business."""
     operators = ("resized_crop", "gaussian_blur", "color_jitter")
     plain = [getattr(common, name) for name in operators]
     flags = "--epochs", 1, "--lr", 0, "--blur", 0.5
     eager = small_run(tiny_shapes, tmp_path / "eager", *flags)
-    calls, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or compile(f, backend="eager"))
+    compiling = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiling)
+    calls = spy(monkeypatch, torch, "compile")
     compiled = small_run(tiny_shapes, tmp_path / "compiled", "--compile", *flags)
-    assert len(calls) == 1 + len(plain)  # the network and the operators, which are as before afterwards
-    assert [getattr(common, name) for name in operators] == plain
-    assert compiled["history"][0]["loss"] == pytest.approx(eager["history"][0]["loss"], abs=1e-4)
+    assert len(calls) == 1 + len(plain)  # the network and the operators,
+    assert [getattr(common, name) for name in operators] == plain  # which are as before afterwards
+    loss = eager["history"][0]["loss"]
+    assert compiled["history"][0]["loss"] == pytest.approx(loss, abs=1e-4)
     assert compiled["trained"]["knn"] == pytest.approx(eager["trained"]["knn"], abs=0.021)
+
+
+def test_main_can_be_called_twice(tiny_shapes, unbroken, tmp_path):
+    small_run(tiny_shapes, tmp_path / "first")
+    small_run(tiny_shapes, tmp_path / "second")
+    for name in ("first", "second"):
+        assert_same(load(tmp_path / name / "encoder.pt"), load(unbroken / "encoder.pt"))
+
+
+class NotebookOutput(io.TextIOBase):
+    """A notebook's stdout, which cannot be configured."""
+
+    def write(self, text):
+        return len(text)
+
+
+@pytest.mark.parametrize("stdout", [NotebookOutput(), None])  # None: closed
+def test_it_runs_without_a_usual_stdout(tiny_shapes, tmp_path, monkeypatch, stdout):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    for name in ("first", "second"):
+        monkeypatch.setattr(sys, "argv", ["simclr.py", *words(tiny_shapes, tmp_path / name)])
+        simclr.run()
+        assert files(tmp_path / name) == RESULTS
+        assert sys.stdout is stdout
+
+
+# ==================================================================================================
+# Flags
+# ==================================================================================================
 
 
 def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
@@ -348,189 +549,263 @@ def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("socket.socket", None)
     monkeypatch.setattr(sys, "argv", ["simclr.py", "--dataset", "cifar10", "--help"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
+        simclr.run()
     out = " ".join(capsys.readouterr().out.split())
-    assert caught.value.code == 0 and "0.1, CIFAR-10 0.5 (0.5)" in out and "long runs on a GPU (False)" in out
+    assert caught.value.code == 0
+    assert "strength of color jitter; paper: 1, CIFAR-10 0.5 (0.5)" in out
+    assert "The recipe of --dataset shapes: --encoder small --epochs 12" in out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recipes_and_what_overrides_them():
-    assert (simclr.parse_args([]).batch_size, simclr.parse_args([]).optimizer) == (64, "adamw")
+def test_every_help_stands_by_itself():
+    for name, field in simclr.flags_of(simclr.Args).items():
+        phrase = field.metadata["help"].split(";")[0]
+        assert not phrase.startswith(("of ", "from ", "to ", "paper"))
+        assert len(phrase.split()) > 1, name
+
+
+def test_what_is_typed_overrides_the_recipes():
+    shapes = simclr.parse_args([])
+    assert (shapes.batch_size, shapes.optimizer) == (64, "adamw")
     cifar10 = simclr.parse_args(["--dataset", "cifar10"])
-    assert (cifar10.encoder, cifar10.optimizer, cifar10.lr, cifar10.weight_decay) == ("resnet18", "sgd", 0.06, 5e-4)
-    small = simclr.parse_args(
-        ["--dataset", "mine.npz", "--encoder", "small", "--epoch", "3"]
-    )  # as argparse abbreviates
-    assert (small.encoder, small.epochs, small.batch_size, small.image_size) == ("small", 3, 128, 32)
-    assert small.out == "runs/simclr-mine-seed0" and small.typed == ["dataset", "encoder", "epochs"]
+    assert (cifar10.encoder, cifar10.optimizer, cifar10.lr) == ("resnet18", "sgd", 0.06)
+    flags = ["--dataset", "mine.npz", "--encoder", "small", "--epochs", "3"]
+    small = simclr.parse_args(flags)
+    assert (small.epochs, small.batch_size, small.image_size) == (3, 128, 32)
+    assert small.out == "runs/simclr-mine-seed0"
+    assert small.explicit == ("dataset", "encoder", "epochs")
 
 
-@pytest.mark.parametrize(("size", "temperature", "blur"), [(28, 0.1, 0.0), (80, 0.1, 0.5), (80, 0.3, 0.5)])
-def test_the_recipe_of_a_path_goes_by_the_size_and_number_of_its_images(tmp_path, size, temperature, blur, monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
-    labels = np.arange(20) % 2
-    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    monkeypatch.setattr(simclr, "pretrain", lambda *_: [{"epoch": 1, "seconds": 1.0}])
-    flags = ["--dataset", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run"), "--encoder", "small"]
-    typed = ["--temperature", "0.3"] if temperature == 0.3 else []
-    args = simclr.main(simclr.parse_args([*flags, "--image-size", "96", *typed]))["args"]
-    assert (args["batch_size"], args["temperature"], args["blur"]) == (20, temperature, blur)
-    assert args["jitter_strength"] == (1.0 if size > 64 else 0.5)
+def test_flags_have_the_types_of_args():
+    args = simclr.parse_args(["--compile", "--labels", "0.1", "10", "--lr", "1"])
+    assert args.compile is True
+    assert args.labels == ["0.1", "10"]
+    assert type(args.lr) is float
+    assert simclr.parse_args(["--no-compile"]).compile is False
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--dataset", "cifar"], "--dataset cifar: not shapes"),
-        (["--dataset", "none.npz"], "none.npz: no such file"),
-        (["--batch-size", "4097"], "--batch-size 4097: at most the 4096 images, in equal parts for 1 process"),
-        (["--batch-size", "1"], "--batch-size 1: must be from 2 to inf"),
-        (["--lr", "-1"], "--lr -1.0: must be from 0 to inf"),
-        (["--lr", "nan"], "--lr nan: must be from 0 to inf"),
-        (["--crop", "2"], "--crop 2.0: must be from 0.01 to 1"),
-        (["--eval-every", "0"], "--eval-every 0: must be from 1 to inf"),
-        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
-        (["--encoder", "vgg"], "--encoder: invalid choice: 'vgg'"),
-        (["--optimizer", "lars"], "--optimizer: invalid choice: 'lars'"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--device", "abacus"], "--device abacus: not available"),
-        (["--device", "meta"], "--device meta: not available"),
-        (["--dataset"], "--dataset: expected one argument"),
-        (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
-        (["--labels", "0.1", "-2"], "--labels -2: must be a fraction up to 1.0, or a whole number of labels per class"),
-        (["--labels", "1.5"], "--labels 1.5: must be a fraction"),
-        (["--labels", "0"], "--labels 0: must be a fraction"),
-        (["--labels", "few"], "--labels few: must be a fraction"),
-        (["--projection", "cubic"], "--projection: invalid choice: 'cubic'"),
-        (["--image-size", "4"], "--image-size 4: must be from 8 to 512"),
-        (["--resume", "nothing"], "--resume nothing: there is no run of simclr.py in this folder"),
-        (["--resume", "one", "--out", "other"], "--resume one: there is no run of simclr.py in this folder"),
-    ],
+    ("size", "typed", "temperature", "blur"),
+    [(28, [], 0.1, 0), (80, [], 0.1, 0.5), (80, [0.3], 0.3, 0.5)],
 )
-def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
+def test_large_images_have_the_recipe_of_imagenet(
+    tmp_path, monkeypatch, size, typed, temperature, blur
+):
+    images = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
+    arrays = {"train_images": images, "train_labels": np.arange(20) % 2}
+    arrays |= {"test_images": images, "test_labels": np.arange(20) % 2}
+    np.savez(tmp_path / "few.npz", **arrays)
+    monkeypatch.setattr(simclr, "pretrain", lambda *_: [])
+    flags = ["--dataset", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run")]
+    flags += ["--encoder", "small", "--image-size", "96"]
+    if typed:
+        flags += ["--temperature", str(typed[0])]
+    args = simclr.main(simclr.parse_args(flags))["args"]
+    assert args["batch_size"] == 20  # no more than there are images
+    assert (args["temperature"], args["blur"]) == (temperature, blur)
+    assert args["jitter_strength"] == (1.0 if size > 64 else 0.5)
+
+
+BAD = [
+    (["--dataset", "cifar"], "--dataset cifar: not shapes"),
+    (["--dataset", "none.npz"], "none.npz: no such file"),
+    (["--batch-size", "4097"], "--batch-size 4097: must be from 2 to the 4096 images"),
+    (["--batch-size", "1"], "--batch-size 1: must be at least 2"),
+    (["--lr", "-1"], "--lr -1.0: must be at least 0"),
+    (["--lr", "nan"], "--lr nan: must be at least 0"),
+    (["--crop", "2"], "--crop 2.0: must be from 0.01 to 1"),
+    (["--half-size-until", "1.5"], "--half-size-until 1.5: must be from 0 to 1"),
+    (["--eval-every", "0"], "--eval-every 0: must be at least 1"),
+    (["--epochs", "-1"], "--epochs -1: must be at least 0"),
+    (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+    (["--encoder", "vgg"], "--encoder: invalid choice: 'vgg'"),
+    (["--optimizer", "lars"], "--optimizer: invalid choice: 'lars'"),
+    (["--projection", "cubic"], "--projection: invalid choice: 'cubic'"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--batchsize", "32"], "arguments: --batchsize 32; did you mean --batch-size?"),
+    (["--epoch=3"], "arguments: --epoch=3; did you mean --epochs?"),
+    (["--device", "abacus"], "--device abacus: not available"),
+    (["--device", "meta"], "--device meta: not available"),
+    (["--dataset"], "--dataset: expected one argument"),
+    (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
+    (["--labels", "0.1", "-2"], "--labels -2: must be a fraction up to 1.0, or a whole number"),
+    (["--labels", "1.5"], "--labels 1.5: must be a fraction"),
+    (["--labels", "0"], "--labels 0: must be a fraction"),
+    (["--labels", "few"], "--labels few: must be a fraction"),
+    (["--image-size", "4"], "--image-size 4: must be from 8 to 512"),
+    (["--init", "none.pt"], "--init none.pt: does not fit --encoder small: [Errno 2] No such file"),
+    (["--resume", "nothing"], "--resume nothing: there is no run of simclr.py in this folder"),
+    (["--resume", ""], "--resume : there is no run of simclr.py in this folder"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, error_of, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert message in error_of(monkeypatch, capsys, *words)
+    assert message in error_of(simclr.run, *flags)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_broken_npz(tmp_path, monkeypatch, capsys):
+def test_a_broken_npz_is_one_line(tmp_path, error_of):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
-    line = error_of(monkeypatch, capsys, "--dataset", tmp_path / "broken.npz", "--out", tmp_path / "run")
-    assert "broken.npz: not a readable .npz file" in line and not (tmp_path / "run").exists()
+    line = error_of(simclr.run, "--dataset", tmp_path / "broken.npz", "--out", tmp_path / "run")
+    assert "broken.npz: not a readable .npz file" in line
+    assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_cannot_be_written(tiny_shapes, tmp_path, monkeypatch, capsys):
+# ==================================================================================================
+# The run folder
+# ==================================================================================================
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(tiny_shapes, tmp_path, error_of):
     (tmp_path / "file").write_text("mine")
-    flags = "--dataset", tiny_shapes, "--batch-size", 32, "--encoder", "small", "--out"
-    assert "cannot be used" in error_of(monkeypatch, capsys, *flags, tmp_path / "file")
-    assert "cannot be used" in error_of(monkeypatch, capsys, *flags, tmp_path / "file" / "run")
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        line = error_of(simclr.run, *words(tiny_shapes, out))
+        assert f"--out {out}: cannot be used" in line
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tiny_shapes, tmp_path, monkeypatch, capsys):
-    flags = "--dataset", tiny_shapes, "--encoder", "small", "--batch-size", 32, "--epochs", 2, "--out", tmp_path / "run"
-    calls, save = [], torch.save
-
-    def full(content, file):
-        calls.append(file)
-        save(content, file)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    assert "cannot be written (No space left on device)" in error_of(monkeypatch, capsys, *flags)
-    assert len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["history"]) == 1
-    assert files(tmp_path / "run") == {"args.json", "metrics.jsonl", "checkpoint.pt", "views.png"}  # nothing partial
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("name", ["views.png", "untrained.pt", "checkpoint.pt", "encoder.pt"])
+def test_a_full_disk_is_one_line(tiny_shapes, tmp_path, error_of, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f"{name}.partial").symlink_to("/dev/full")
+    line = error_of(simclr.run, *words(tiny_shapes, run))
+    assert f"{run / name}: cannot be written (No space left on device)" in line
+    assert not [file for file in files(run) if file.endswith("partial")]
 
 
-def test_a_run_is_not_overwritten(tiny_shapes, tmp_path, monkeypatch, capsys):
-    small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    flags = "--dataset", tiny_shapes, "--encoder", "small", "--batch-size", 32, "--out", tmp_path / "run"
-    assert "holds a run; go on with --resume" in error_of(monkeypatch, capsys, *flags)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_shapes, tmp_path, monkeypatch, error_of):
+    write = Path.write_bytes
+    calls = []
+
+    def full(path, content):
+        calls.append(path.name)
+        if calls.count("checkpoint.pt.partial") < 2:
+            return write(path, content)
+        write(path, content[:1000])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    line = error_of(simclr.run, *words(tiny_shapes, tmp_path / "run"))
+    assert "checkpoint.pt: cannot be written (No space left on device)" in line
+    assert len(load(tmp_path / "run/checkpoint.pt")["history"]) == 1
+    left = {"args.json", "metrics.jsonl", "checkpoint.pt", "untrained.pt", "views.png"}
+    assert files(tmp_path / "run") == left  # nothing partial
+
+
+def test_a_fault_within_a_run_is_not_blamed_on_its_folder(tiny_shapes, tmp_path, monkeypatch):
+    def fault(*_):
+        raise OSError("a font is missing")
+
+    monkeypatch.setattr(simclr, "save_neighbors", fault)
+    with pytest.raises(OSError, match="a font is missing"):
+        small_run(tiny_shapes, tmp_path / "run")
+    assert files(tmp_path / "run") == RESULTS - {"neighbors.png"}  # all else is there
+
+
+def test_an_evaluation_that_fails_leaves_the_encoder(tiny_shapes, tmp_path):
+    with killed_at(simclr, "evaluate", 2):
+        small_run(tiny_shapes, tmp_path / "run")
+    assert "encoder.pt" in files(tmp_path / "run")
+
+
+def test_a_run_is_not_overwritten(tiny_shapes, finished, error_of):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    line = error_of(simclr.run, *words(tiny_shapes, finished))
+    assert f"--out {finished}: holds a run; go on with --resume {finished}" in line
+    assert before == {path: path.read_bytes() for path in finished.iterdir()}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
-def test_two_runs_never_write_to_one_folder(tiny_shapes, unbroken, tmp_path, monkeypatch, capsys):
-    flags = ["--dataset", str(tiny_shapes), "--encoder", "small", "--batch-size", "32", "--out", str(tmp_path / "run")]
-    with simclr.run_folder(simclr.parse_args(flags)):
-        assert "another run is writing there" in error_of(monkeypatch, capsys, *flags)
-        shutil.copy(unbroken / "args.json", tmp_path / "run")
-        assert "another run is writing there" in error_of(monkeypatch, capsys, "--resume", tmp_path / "run")
-    small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)  # before its first epoch a run holds nothing
+def test_two_runs_never_write_to_one_folder(tiny_shapes, finished, error_of):
+    flags = words(tiny_shapes, finished)
+    with simclr.run_folder(simclr.parse_args(["--resume", str(finished)])):
+        assert "another run is writing there" in error_of(simclr.run, *flags)
+        assert "another run is writing there" in error_of(simclr.run, "--resume", finished)
+    resumed(finished)
 
 
-def broken_loss(monkeypatch):
-    loss, calls = simclr.nt_xent, []
+def nan_loss(patch):
+    """In the second of the epochs of 3 steps."""
+    calls = []
+    loss = simclr.nt_xent
 
     def nt_xent(*args):
         calls.append(args)
-        return loss(*args) * (math.nan if len(calls) == 5 else 1)  # in the second of the epochs of 3 steps
+        return loss(*args) * (math.nan if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(simclr, "nt_xent", nt_xent)
+    patch.setattr(simclr, "nt_xent", nt_xent)
 
 
-def broken_weights(monkeypatch):
-    step, calls = torch.optim.AdamW.step, []
+def infinite_weights(patch):
+    """After the last step of the second epoch, behind the last loss."""
+    calls = []
+    step = torch.optim.AdamW.step
 
     def broken(optimizer, closure=None):
         step(optimizer)
         calls.append(optimizer)
-        if len(calls) == 6:  # the last step of the second epoch, behind the last loss
+        if len(calls) == 6:
             optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    patch.setattr(torch.optim.AdamW, "step", broken)
 
 
-@pytest.mark.parametrize("fault", [broken_loss, broken_weights])
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tiny_shapes, tmp_path, fault):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(common.UserError, match="loss is not finite in epoch 2"):
-        fault(patch)
+@pytest.mark.parametrize("fault", [nan_loss, infinite_weights])
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_shapes, tmp_path, monkeypatch, fault):
+    fault(monkeypatch)
+    with pytest.raises(common.UserError, match="loss is not finite in epoch 2"):
         small_run(tiny_shapes, tmp_path / "run", "--epochs", 3, "--eval-every", 3)
-    kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert len(kept["history"]) == 1 and all(value.isfinite().all() for value in kept["model"].values())
+    kept = load(tmp_path / "run/checkpoint.pt")
+    assert len(kept["history"]) == 1
+    assert all(value.isfinite().all() for value in kept["model"].values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Few labels, no labels, no head
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
-def test_few_labels(tiny_shapes, tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(simclr, "fine_tune", lambda *args: calls.append(args) or len(calls) / 10)
+def test_rows_of_few_labels(tiny_shapes, tmp_path, monkeypatch, capsys):
+    scores = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    monkeypatch.setattr(simclr, "fine_tune", lambda *_: next(scores))
+    calls = spy(monkeypatch, simclr, "fine_tune")
     summary = small_run(tiny_shapes, tmp_path / "run", "--epochs", 1, "--labels", 0.1, 1, 3)
     some, one, few = summary["semi_supervised"]
-    assert 9 <= some["labels"] <= 11 and (one["labels"], few["labels"]) == (10, 30)
-    assert set(some) == {"labels", "linear_probe", "fine_tuned", "from_scratch"}
-    assert [row[name] for row in (some, one) for name in ("fine_tuned", "from_scratch")] == [0.1, 0.2, 0.3, 0.4]
+    assert 9 <= some["labels"] <= 11
+    assert (one["labels"], few["labels"]) == (10, 30)
+    assert (some["fine_tuned"], some["from_scratch"]) == (0.1, 0.2)
+    assert (one["fine_tuned"], one["from_scratch"]) == (0.3, 0.4)
     assert "labels 10  linear_probe" in capsys.readouterr().out
-    trained = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    trained = load(tmp_path / "run/encoder.pt")
     torch.manual_seed(0)
-    untrained = simclr.SimCLR(simclr.parse_args([])).encoder.state_dict()
-    for (encoder, *_, rows, _), expected in zip(calls, (trained, untrained) * 3, strict=True):
-        assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
+    untrained = dict(simclr.SimCLR(simclr.parse_args([])).encoder.state_dict())
+    for (encoder, D, _, rows, _), expected in zip(calls, 3 * [trained, untrained], strict=True):
+        assert D == 128
         assert len(rows) in (some["labels"], 10, 30)
+        assert_same(dict(encoder.state_dict()), expected)
 
 
-def test_fine_tuning_learns_from_its_rows_alone_and_leaves_the_encoder_as_it_was():
+def test_fine_tuning_learns_from_its_rows_only():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     images = torch.randint(60, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
     images[torch.arange(60), labels] += 150  # red, green or blue
     data = common.Dataset(images[:40], labels[:40], images[40:], labels[40:], ["r", "g", "b"])
-    args = simclr.parse_args(
-        ["--batch-size", "6", "--crop", "0.5", "--lr", "0.04", "--jitter-strength", "0", "--gray", "0"]
-    )
+    flags = ["--batch-size", "6", "--crop", "0.5", "--lr", "0.04", "--jitter-strength", "0"]
+    args = simclr.parse_args([*flags, "--gray", "0"])
     rows = torch.arange(10, 22)
     encoder, D = simclr.build_encoder("small")
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    data.train_images[:10], data.train_images[22:] = 0, 0
+    data.train_images[:10] = 0
+    data.train_images[22:] = 0
     data.train_labels[rows] = (data.train_labels[rows] + 1) % 3  # a rule of their own
     data.test_labels = (data.test_labels + 1) % 3
     assert simclr.fine_tune(encoder, D, data, rows, args) > 0.9
-    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    assert_same(dict(encoder.state_dict()), before)
 
 
 def test_without_a_head_there_is_one_probe(tiny_shapes, tmp_path):
@@ -540,213 +815,288 @@ def test_without_a_head_there_is_one_probe(tiny_shapes, tmp_path):
 
 def test_the_head_is_probed_as_it_is_at_test_time(tiny_shapes):
     data = common.load_dataset(str(tiny_shapes))
+    x = common.normalize(data.train_images / 255)
+    test_x = common.normalize(data.test_images / 255)
     model = simclr.SimCLR(simclr.parse_args([])).train()
-    model(common.normalize(data.train_images[:100] / 255))  # moves the statistics of batch norm
-    accuracies, (h, test_h) = simclr.evaluate(model.train(), data, head=True)
+    model(x)  # moves the statistics of batch norm
+    accuracies, neighbors = simclr.evaluate(model.encoder, data, model.projector)
+    model.eval()
+    labels = data.train_labels, data.test_labels
     with torch.no_grad():
-        z, test_z = (model.eval()(common.normalize(x / 255)) for x in (data.train_images, data.test_images))
-    assert accuracies["knn_z"] == simclr.knn_accuracy(z, data.train_labels, test_z, data.test_labels)
-    assert accuracies["knn"] == simclr.knn_accuracy(h, data.train_labels, test_h, data.test_labels)
-    torch.testing.assert_close(test_h, model.encoder(common.normalize(data.test_images / 255)).detach())
+        h, test_h = model.encoder(x), model.encoder(test_x)
+        z, test_z = model(x), model(test_x)
+    assert accuracies["knn"] == simclr.knn_accuracy(h, labels[0], test_h, labels[1])
+    assert accuracies["knn_z"] == simclr.knn_accuracy(z, labels[0], test_z, labels[1])
+    assert torch.equal(neighbors, simclr.nearest(h, test_h[data.examples()]))
 
 
-def test_plain_images_are_pretrained_on_and_their_neighbors_shown(tmp_path, monkeypatch, capsys):
-    (tmp_path / "album").mkdir()
-    for i, image in enumerate(common.load_dataset("shapes").train_images[:70]):
-        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i:02}.png")
+def save_album(folder, count, captions=False):
+    """A folder of images without classes."""
+    folder.mkdir(parents=True)
+    images = common.load_dataset("shapes").train_images[:count]
+    for i, image in enumerate(images):
+        torchvision.utils.save_image(image / 255, folder / f"{i:02}.png")
+    if captions:
+        lines = [f"{i:02}.png,a shape,{'test' if i % 5 == 0 else 'train'}" for i in range(count)]
+        (folder / "captions.csv").write_text("\n".join(["image,caption,split", *lines]))
+
+
+def test_plain_images_are_pretrained_on(tmp_path, capsys, error_of):
+    album = tmp_path / "album"
+    save_album(album, 70)
     flags = "--epochs", 1, "--data-dir", tmp_path / "cache"
-    summary = small_run(tmp_path / "album", tmp_path / "album/run", *flags)
-    assert summary["trained"] == summary["untrained"] == {} and "knn" not in summary["history"][0]
-    assert {"encoder.pt", "views.png", "neighbors.png"} <= files(tmp_path / "album/run")
-    small_run(tmp_path / "album", tmp_path / "album/again", *flags)  # the figures are not learned from
-    assert (
-        "album/again: 63 images" not in (out := capsys.readouterr().out)
-        and out.count(": 63 images, 32 x 32, 0 labels") == 2
-    )
-    flags = "--dataset", tmp_path / "album", "--batch-size", 32, "--encoder", "small", *flags, "--labels", "0.1"
-    assert "--labels 0.1: the dataset has no labels" in error_of(monkeypatch, capsys, *flags)
+    summary = small_run(album, album / "run", *flags)
+    assert summary["trained"] == summary["untrained"] == {}
+    assert "most_frequent_class" not in summary
+    assert "knn" not in summary["history"][0]
+    assert files(album / "run") == RESULTS
+    small_run(album, album / "again", *flags)  # the figures are not learned from
+    out = capsys.readouterr().out
+    assert out.count(": 63 images, 32 x 32, 0 labels") == 2
+    line = error_of(simclr.run, *words(album, album / "labels", *flags), "--labels", "0.1")
+    assert "--labels 0.1: the dataset has no labels" in line
 
 
-def test_stl10_pretrains_on_all_and_probes_with_what_has_labels(tiny_shapes, tmp_path):
+@pytest.mark.parametrize("kind", ["ten images", "one class", "captions"])
+def test_small_folders_end_well(tmp_path, kind):
+    album = tmp_path / "album"
+    folder = album / "train/cats" if kind == "one class" else album
+    save_album(folder, 10, captions=kind == "captions")
+    flags = ["--dataset", str(album), "--encoder", "small", "--data-dir", str(tmp_path / "data")]
+    args = simclr.parse_args([*flags, "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert simclr.main(args)["trained"] == {}
+    assert files(tmp_path / "run") == RESULTS
+
+
+def test_a_test_set_of_one_class_ends_well(tiny_shapes, tmp_path):
+    arrays = dict(np.load(tiny_shapes))
+    arrays |= {"test_images": arrays["test_images"][:1], "test_labels": arrays["test_labels"][:1]}
+    np.savez(tmp_path / "one.npz", **arrays)
+    summary = small_run(tmp_path / "one.npz", tmp_path / "run", "--epochs", 1)
+    assert summary["most_frequent_class"] == 1
+    assert files(tmp_path / "run") == RESULTS
+
+
+def test_stl10_pretrains_on_all_and_probes_with_its_labels(tiny_shapes, tmp_path):
     arrays = dict(np.load(tiny_shapes))
     np.savez(tmp_path / "part.npz", **arrays | {"train_labels": arrays["train_labels"][:64]})
-    np.savez(tmp_path / "less.npz", **{k: v[:64] if k[:5] == "train" else v for k, v in arrays.items()})
-    part, less = (small_run(tmp_path / f"{name}.npz", tmp_path / name, "--epochs", 1) for name in ("part", "less"))
-    assert part["untrained"] == less["untrained"] and part["history"][0]["loss"] != less["history"][0]["loss"]
+    less = {k: v[:64] if k.startswith("train") else v for k, v in arrays.items()}
+    np.savez(tmp_path / "less.npz", **less)
+    part = small_run(tmp_path / "part.npz", tmp_path / "part", "--epochs", 1)
+    less = small_run(tmp_path / "less.npz", tmp_path / "less", "--epochs", 1)
+    assert part["untrained"] == less["untrained"]
+    assert part["history"][0]["loss"] != less["history"][0]["loss"]
     for summary, steps in ((part, 3), (less, 2)):
-        assert round(summary["images_per_second"] * summary["history"][0]["seconds"] / 32) == steps
+        images = summary["images_per_second"] * summary["history"][0]["seconds"]
+        assert round(images / 32) == steps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Figures
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
-def sheets_of(monkeypatch):
-    sheets = []
-    monkeypatch.setattr(simclr, "save_sheet", lambda _, blocks: sheets.append(blocks))
-    return sheets
+@pytest.fixture
+def sheets(monkeypatch):
+    """What would be drawn: {title: images} of every sheet."""
+    drawn = []
+    monkeypatch.setattr(simclr, "save_sheet", lambda _, blocks: drawn.append(blocks))
+    return drawn
 
 
-def test_views_are_rows_of_pairs(tiny_shapes, tmp_path, monkeypatch):
-    images, args = common.load_dataset(str(tiny_shapes)).train_images[:8], simclr.parse_args([])
-    simclr.save_views(tmp_path / "views.png", images, args)
-    with Image.open(tmp_path / "views.png") as sheet:
-        width, height = sheet.size
-    assert 9 * 64 < width < 9 * 64 + 200 and 8 * 64 < height < 8 * 64 + 100
-    sheets = sheets_of(monkeypatch)
-    simclr.save_views(tmp_path / "views.png", images, args)
-    image, *pairs = sheets[0].values()
-    assert torch.equal(image[:, 0], images / 255) and list(sheets[0]) == ["image", *(f"pair {i}" for i in range(1, 5))]
+@pytest.mark.parametrize("rows", [1, 8])
+def test_sheets_have_a_tile_for_each_image(tmp_path, rows):
+    blocks = {"one": torch.rand(rows, 1, 3, 32, 32), "three": torch.rand(rows, 3, 3, 32, 32)}
+    simclr.save_sheet(tmp_path / "sheet.png", blocks)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = torchvision.transforms.functional.to_tensor(sheet)
+    zoom = 2  # pixels of a sheet for one of an image, and between tiles
+    assert pixels.shape[1] == 24 + rows * 66 + zoom + 16
+    assert pixels.shape[2] == 2 * 16 + 4 * 66 + 2 * zoom
+    last = blocks["three"][-1, -1].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    found = pixels[:, -16 - zoom - 64 : -16 - zoom, -8 - zoom - 64 : -8 - zoom]
+    torch.testing.assert_close(found, last, atol=1 / 255, rtol=0)
+
+
+def test_views_are_rows_of_pairs(tiny_shapes, tmp_path, sheets):
+    images = common.load_dataset(str(tiny_shapes)).train_images[:8]
+    simclr.save_views(tmp_path / "views.png", images, simclr.parse_args([]))
+    ((first, *pairs),) = [list(blocks.values()) for blocks in sheets]
+    assert list(sheets[0]) == ["image", "pair 1", "pair 2", "pair 3", "pair 4"]
+    assert torch.equal(first[:, 0], images / 255)
     for pair in pairs:
         assert pair.shape == (8, 2, 3, 32, 32)
-        assert not torch.equal(pair[:, 0], pair[:, 1]) and not torch.equal(pair, pairs[0][:, [1, 0]])
+        assert not torch.equal(pair[:, 0], pair[:, 1])
+        assert not torch.equal(pair, pairs[0][:, [1, 0]])
 
 
-def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path, monkeypatch):
-    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 4, 4) * 6
-    labels = torch.arange(40) // 20
-    data = common.Dataset(images, labels, images[[5, 30]], torch.tensor([0, 1]), ["a", "b"])
+def numbered(block):
+    """The numbers of images whose pixels are 6 times their number."""
+    return (block[:, :, 0, 4, 4] * 255 / 6).round().long()
+
+
+@pytest.fixture
+def forty():
+    """Images that show their number, of two classes, and their angles as features."""
+    images = 6 * torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 4, 4)
     angle = torch.linspace(0, 3, 40)
-    h = torch.stack([angle.cos(), angle.sin()], dim=1)
+    return images, torch.arange(40) // 20, torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def test_neighbors_are_the_nearest_and_framed_by_class(forty, tmp_path, sheets):
+    images, labels, h = forty
+    data = common.Dataset(images, labels, images[[5, 30]], torch.tensor([0, 1]), ["a", "b"])
     shuffled = h[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    sheets = sheets_of(monkeypatch)
-
-    def numbers(block):
-        return (block[:, :, 0, 4, 4] * 255 / 6).round().long()
-
-    simclr.save_neighbors(tmp_path / "n.png", data, (shuffled, h[[5, 30]]), (h, h[[5, 30]]))
+    rows = [simclr.nearest(x, h[[5, 30]]) for x in (shuffled, h)]
+    simclr.save_neighbors(tmp_path / "n.png", data, *rows)
     query, before, after = sheets[0].values()
-    assert [set(row[:3]) for row in numbers(after).tolist()] == [{4, 5, 6}, {29, 30, 31}] and after.shape[1] == 6
-    assert numbers(query)[:, 0].tolist() == [5, 30]
-    same = labels[numbers(before)] == torch.tensor([[0], [1]])
-    assert not same.all() and torch.equal(before[:, :, 1, 0, 0] > before[:, :, 0, 0, 0], same)  # green or red
-
-    data = common.Dataset(images, labels[:0], images[[5, 30]], torch.arange(2), [])  # without classes
-    simclr.save_neighbors(tmp_path / "n.png", data, (shuffled, h[[5, 30]]), (h, h[[5, 30]]))
-    query, _, after = sheets[1].values()
-    assert [set(row[:3]) for row in numbers(after).tolist()] == [{4, 5, 6}, {29, 30, 31}] and (
-        after[..., 0, 0] == 1
-    ).all()
+    assert numbered(query)[:, 0].tolist() == [5, 30]
+    assert after.shape[:2] == (2, 6)
+    assert [set(row[:3]) for row in numbered(after).tolist()] == [{4, 5, 6}, {29, 30, 31}]
+    same = labels[numbered(before)] == torch.tensor([[0], [1]])
+    assert not same.all()
+    green = before[:, :, 1, 0, 0] > before[:, :, 0, 0, 0]
+    assert torch.equal(green, same)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_neighbors_without_classes_have_no_colors(forty, tmp_path, sheets):
+    images, _, h = forty
+    nothing = torch.empty(0, dtype=torch.int64)
+    data = common.Dataset(images, nothing, images[[5, 30]], torch.arange(2), [])
+    rows = simclr.nearest(h, h[[5, 30]])
+    simclr.save_neighbors(tmp_path / "n.png", data, rows, rows)
+    _, _, after = sheets[0].values()
+    assert [set(row[:3]) for row in numbered(after).tolist()] == [{4, 5, 6}, {29, 30, 31}]
+    assert (after[..., 0, 0] == 1).all()
+
+
+# ==================================================================================================
 # Resume
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+
+KILLS = [
+    (simclr, "nt_xent", 5),  # of 3 steps an epoch
+    (simclr, "once", 1),
+    (Path, "replace", 3),  # of views.png, untrained.pt, args.json, metrics.jsonl, checkpoint.pt ...
+    (Path, "replace", 5),
+    (Path, "replace", 7),
+    (Path, "replace", 8),
+]
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
-def kill_in_an_epoch(monkeypatch, step):
-    calls, loss = [], simclr.nt_xent
-
-    def nt_xent(*args):
-        calls.append(1)
-        if len(calls) == step:
-            raise Killed
-        return loss(*args)
-
-    monkeypatch.setattr(simclr, "nt_xent", nt_xent)
-
-
-def kill_while_saving(monkeypatch, file):
-    save, calls = Path.replace, []
-
-    def killed(path, target):
-        calls.append(target.name)
-        if calls.count(file) == 2:
-            path.write_bytes(path.read_bytes()[:1000])
-            raise Killed
-        return save(path, target)
-
-    monkeypatch.setattr(Path, "replace", killed)
-
-
-def lines_without_times(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def assert_same(a, b):
-    """Equal trees of dicts and lists, tensors in them bit for bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict | list | tuple):
-        assert len(a) == len(b)
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[key], b[key])
-    else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny_shapes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    small_run(tiny_shapes, folder)
-    return folder
-
-
-KILLS = [(kill_in_an_epoch, 5)]  # of 3 steps an epoch
-KILLS += [(kill_while_saving, name) for name in ("metrics.jsonl", "checkpoint.pt")]
-
-
-@pytest.mark.parametrize(("kill", "when"), KILLS)
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tmp_path, kill, when):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill(patch, when)
-        small_run(tiny_shapes, tmp_path / "run")
-    assert not (tmp_path / "run/summary.json").exists()
-    resumed(tmp_path / "run")
-    assert lines_without_times(tmp_path / "run") == lines_without_times(unbroken)
-    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "run", unbroken)]
-    for name in ("model", "optimizer", "schedule", "images"):
-        assert_same(*(state[name] for state in states))
-    assert (tmp_path / "run/encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()
-    assert files(tmp_path / "run") == files(unbroken)
-
-
-def test_a_finished_run_is_measured_again_and_asked_for_more(unbroken, tmp_path):
-    shutil.copytree(unbroken, tmp_path / "run")
-    before = json.loads((unbroken / "summary.json").read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simclr, "fine_tune", lambda *_: 0.5)
-        summary = resumed(tmp_path / "run", "--labels", "0.2", "2")
-        shutil.copytree(tmp_path / "run", tmp_path / "longer")
-        assert len(resumed(tmp_path / "longer", "--epochs", 3)["history"]) == 3  # what is typed overrides
-    assert summary["trained"] == before["trained"] and summary["history"] == before["history"]
-    assert [row["labels"] for row in summary["semi_supervised"]] == [18, 20]
-    assert summary["command"] == before["command"] + f" --resume {tmp_path}/run --labels 0.2 2"
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == (unbroken / "checkpoint.pt").read_bytes()
-
-
-def test_what_cannot_be_resumed(tiny_shapes, unbroken, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("module", "name", "call"), KILLS)
+def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, module, name, call):
     run = tmp_path / "run"
-    shutil.copytree(unbroken, run)
+    with killed_at(module, name, call):
+        small_run(tiny_shapes, run)
+    assert not (run / "summary.json").exists()
+    if (run / "args.json").exists():
+        resumed(run)
+    else:
+        small_run(tiny_shapes, run)  # nothing to go on from
+    assert records(run) == records(unbroken)
+    assert_same(load(run / "checkpoint.pt")["model"], load(unbroken / "checkpoint.pt")["model"])
+    assert (run / "encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()
+    summary, expected = (
+        json.loads((folder / "summary.json").read_text()) for folder in (run, unbroken)
+    )
+    for key in ("untrained", "trained"):
+        assert summary[key] == expected[key]
+    assert files(run) - {f for f in files(run) if f.endswith("partial")} == files(unbroken)
+
+
+def test_a_torn_file_is_never_left_under_its_name(tiny_shapes, tmp_path):
+    with killed_at(Path, "replace", 7):  # the second checkpoint is written, but not yet renamed
+        small_run(tiny_shapes, tmp_path / "run")
+    assert (tmp_path / "run/checkpoint.pt.partial").exists()
+    assert len(load(tmp_path / "run/checkpoint.pt")["history"]) == 1
+
+
+def test_the_untrained_encoder_is_measured_once(finished, monkeypatch):
+    before = json.loads((finished / "summary.json").read_text())
+    calls = spy(monkeypatch, simclr, "evaluate")
+    views = (finished / "views.png").stat().st_mtime_ns
+    summary = resumed(finished)
+    assert len(calls) == 1
+    assert summary["untrained"] == before["untrained"]
+    assert summary["trained"] == before["trained"]
+    assert (finished / "views.png").stat().st_mtime_ns == views
+
+
+def test_a_finished_run_can_be_asked_about_few_labels(finished, unbroken, monkeypatch):
+    monkeypatch.setattr(simclr, "fine_tune", lambda *_: 0.5)
+    before = json.loads((unbroken / "summary.json").read_text())
+    summary = resumed(finished, "--labels", "0.2", "2")
+    assert summary["trained"] == before["trained"]
+    assert summary["history"] == before["history"]
+    assert [row["labels"] for row in summary["semi_supervised"]] == [18, 20]
+    assert summary["command"] == before["command"] + f" --resume {finished} --labels 0.2 2"
+    checkpoints = [folder / "checkpoint.pt" for folder in (finished, unbroken)]
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
+
+
+TRAINING_FLAGS = {
+    "dataset": "shapes", "image_size": "64", "encoder": "small", "init": "encoder.pt",
+    "epochs": "9", "batch_size": "16", "optimizer": "sgd", "lr": "0", "weight_decay": "1",
+    "warmup": "0.2", "temperature": "1", "projection": "none", "crop": "0.5",
+    "jitter_strength": "0", "gray": "1", "blur": "1", "half_size_until": "1", "eval_every": "1",
+    "seed": "1", "out": "other",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINING_FLAGS)
+def test_a_resumed_run_takes_no_flag_that_trains(unbroken, error_of, name):
+    before = {path: path.read_bytes() for path in unbroken.iterdir()}
+    flag = simclr.option(name)
+    line = error_of(simclr.run, "--resume", unbroken, flag, TRAINING_FLAGS[name])
+    assert f"{flag}: a resumed run keeps the flags it was started with" in line
+    assert f"--init {unbroken}/encoder.pt" in line
+    assert before == {path: path.read_bytes() for path in unbroken.iterdir()}
+
+
+def test_every_other_flag_goes_with_resume(finished):
+    others = {"data_dir", "labels", "device", "compile", "resume"}
+    assert simclr.flags_of(simclr.Args).keys() == TRAINING_FLAGS.keys() | others
+    flags = ["--resume", str(finished), "--device", "cpu", "--data-dir", "x", "--no-compile"]
+    args = simclr.parse_args(flags)
+    assert (args.out, args.resume, args.data_dir) == (str(finished), str(finished), "x")
+
+
+def test_images_that_changed_cannot_be_resumed(tiny_shapes, tmp_path, error_of):
+    path = tmp_path / "mine.npz"
+    shutil.copy(tiny_shapes, path)
+    run = tmp_path / "run"
+    small_run(path, run)
+    before = {path: path.read_bytes() for path in run.iterdir()}
     arrays = dict(np.load(tiny_shapes))
-    np.savez(
-        tmp_path / "more.npz", **arrays | {k: np.concatenate([v, v[:9]]) for k, v in arrays.items() if "train" in k}
-    )
-    np.savez(tmp_path / "other.npz", **arrays | {"train_images": arrays["train_images"][::-1]})
-    for name in ("more", "other"):
-        line = error_of(monkeypatch, capsys, "--resume", run, "--dataset", tmp_path / f"{name}.npz")
-        assert "is not what it was when the run began" in line
-    line = error_of(monkeypatch, capsys, "--resume", run, "--projection", "linear")
-    assert "checkpoint.pt: is not a checkpoint of this run with these flags" in line
-    assert (run / "args.json").read_bytes() == (unbroken / "args.json").read_bytes()  # nothing is lost by it
-    assert "--out: a resumed run stays in its folder" in error_of(
-        monkeypatch, capsys, "--resume", run, "--out", "other"
-    )
-    whole = (run / "checkpoint.pt").read_bytes()
+    more = {k: np.concatenate([v, v[:9]]) for k, v in arrays.items() if "train" in k}
+    for changed in (more, {"train_images": arrays["train_images"][::-1]}):
+        np.savez(path, **arrays | changed)
+        line = error_of(simclr.run, "--resume", run)
+        assert f"checkpoint.pt: --dataset {path} has changed since the run began" in line
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+def test_a_torn_checkpoint_cannot_be_resumed(finished, error_of):
+    whole = (finished / "checkpoint.pt").read_bytes()
     for content in (whole[:5000], b"", b"text"):
-        (run / "checkpoint.pt").write_bytes(content)
-        assert "checkpoint.pt: is not a checkpoint" in error_of(monkeypatch, capsys, "--resume", run)
+        (finished / "checkpoint.pt").write_bytes(content)
+        line = error_of(simclr.run, "--resume", finished)
+        assert "checkpoint.pt: is not a checkpoint of this run" in line
+
+
+def test_a_run_of_another_script_cannot_be_resumed(finished, tmp_path, error_of):
     other = tmp_path / "moco"
     other.mkdir()
-    (other / "args.json").write_text(json.dumps(dataclasses.asdict(moco.parse_args([]))))
-    assert "there is no run of simclr.py in this folder" in error_of(monkeypatch, capsys, "--resume", other)
-    (run / "args.json").write_text("nothing")
-    assert "there is no run of simclr.py in this folder" in error_of(monkeypatch, capsys, "--resume", run)
+    for content in (dataclasses.asdict(moco.parse_args([])), {"no": "flags"}):
+        (other / "args.json").write_text(json.dumps(content))
+        line = error_of(simclr.run, "--resume", other)
+        assert f"--resume {other}: there is no run of simclr.py in this folder" in line
+    relative = dataclasses.asdict(simclr.parse_args([])) | {"script": "relatives/vicreg.py"}
+    (other / "args.json").write_text(json.dumps(relative))
+    assert "there is no run of simclr.py" in error_of(simclr.run, "--resume", other)
+    (finished / "args.json").write_text("nothing")
+    assert "there is no run of simclr.py" in error_of(simclr.run, "--resume", finished)
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, BrokenPipeError])  # Ctrl-C, `| head`
@@ -755,32 +1105,159 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tiny_shapes, tmp_path, monkeypa
         raise end
 
     monkeypatch.setattr(common, "batches", interrupted)
-    flags = "--dataset", tiny_shapes, "--encoder", "small", "--batch-size", 32, "--out", tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["simclr.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["simclr.py", *words(tiny_shapes, tmp_path / "run")])
+    monkeypatch.setattr(sys, "stdout", stdout := sys.stdout)
     with pytest.raises(SystemExit, match="stopped; --resume with the run folder goes on"):
-        runpy.run_path(str(ROOT / "simclr.py"), run_name="__main__")
+        simclr.run()
+    assert (sys.stdout is stdout) == (end is KeyboardInterrupt)  # a notebook goes on printing
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# Weights to begin with
+# ==================================================================================================
+
+
+def test_a_run_begins_with_the_weights_of_another(unbroken, tiny_shapes, tmp_path):
+    first = json.loads((unbroken / "summary.json").read_text())
+    flags = "--init", unbroken / "encoder.pt"
+    summary = small_run(tiny_shapes, tmp_path / "run", *flags)
+    assert summary["untrained"]["knn"] == first["trained"]["knn"]
+    assert summary["args"]["init"] == str(unbroken / "encoder.pt")
+    assert records(tmp_path / "run") != records(unbroken)
+
+
+def test_without_epochs_it_measures_only(unbroken, tiny_shapes, tmp_path):
+    flags = "--init", unbroken / "encoder.pt", "--epochs", 0
+    summary = small_run(tiny_shapes, tmp_path / "run", *flags)
+    assert summary["history"] == []
+    assert summary["trained"]["knn"] == summary["untrained"]["knn"]
+    assert summary.keys() == {*KEYS.split(), "semi_supervised"} - {"images_per_second"}
+    assert (tmp_path / "run/encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()
+    resumed(tmp_path / "run")
+
+
+def test_from_scratch_is_from_scratch_with_init_too(unbroken, tiny_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr, "fine_tune", lambda *_: 0.5)
+    calls = spy(monkeypatch, simclr, "fine_tune")
+    flags = "--init", unbroken / "encoder.pt", "--epochs", 0, "--labels", 1
+    small_run(tiny_shapes, tmp_path / "run", *flags)
+    tuned, scratch = (dict(encoder.state_dict()) for encoder, *_ in calls)
+    torch.manual_seed(0)
+    assert_same(scratch, dict(simclr.build_encoder("small")[0].state_dict()))
+    assert_same(tuned, load(unbroken / "encoder.pt"))
+
+
+def save_large(path):
+    """Images of 96 x 96, for which the encoder has torchvision's stem."""
+    data = common.load_dataset("shapes")
+    arrays = {}
+    for split in ("train", "test"):
+        images = getattr(data, f"{split}_images")[:20]
+        large = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+        arrays[f"{split}_images"] = large.permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = np.arange(20) % 10
+    np.savez(path, **arrays)
+
+
+def test_a_run_begins_with_torchvisions_weights(tmp_path):
+    save_large(tmp_path / "large.npz")
+    resnet = torchvision.models.resnet18()
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    flags = ["--dataset", str(tmp_path / "large.npz"), "--init", str(tmp_path / "resnet18.pth")]
+    args = simclr.parse_args([*flags, "--epochs", "0", "--out", str(tmp_path / "run")])
+    simclr.main(args)
+    resnet.fc = nn.Identity()
+    assert_same(load(tmp_path / "run/encoder.pt"), dict(resnet.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("classifier", "does not fit --encoder small: Error(s) in loading state_dict for ResNet"),
+        ("resnet18", 'Unexpected key(s) in state_dict: "layer1.1.conv1.weight"'),
+        ("stem", "size mismatch for conv1.weight: copying a param with shape torch.Size([64, 3, 3"),
+        ("list", "does not fit --encoder small: 'list' object has no attribute 'items'"),
+        ("text", "does not fit --encoder small: "),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tiny_shapes, tmp_path, error_of, content, message):
+    small = simclr.build_encoder("small")[0].state_dict()
+    contents = {
+        "classifier": {"fc.weight": torch.zeros(2, 2)},
+        "resnet18": torchvision.models.resnet18().state_dict(),
+        "stem": small | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
+        "list": [1, 2],
+    }
+    path = tmp_path / "weights.pt"
+    if content == "text":
+        path.write_text("no weights")
+    else:
+        torch.save(contents[content], path)
+    line = error_of(simclr.run, *words(tiny_shapes, tmp_path / "run", "--init", path))
+    assert f"--init {path}: " in line
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_does_not_need_the_file_any_more(unbroken, tiny_shapes, tmp_path):
+    shutil.copy(unbroken / "encoder.pt", tmp_path / "weights.pt")
+    small_run(tiny_shapes, tmp_path / "run", "--init", tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").unlink()
+    resumed(tmp_path / "run")
+
+
+# ==================================================================================================
 # Several processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
-def test_two_processes_do_what_one_does(two_processes):
-    folder, printed = two_processes
-    for name in ("loss", "gradient"):
-        for rank in range(2):
-            assert float((folder / f"simclr-{name}-{rank}.txt").read_text()) < 1e-10
-    assert_same(*(torch.load(folder / f"simclr-{rank}.pt", weights_only=True) for rank in range(2)))
-    out = printed[0][: printed[0].index("moco on")]
-    assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
-    assert printed[1] == "" and {"summary.json", "encoder.pt", "views.png"} < files(folder / "simclr")
-    summary = json.loads((folder / "simclr/summary.json").read_text())
+def both_compute_gradients():
+    """The gradient of the loss of half a batch in each process, averaged, is that of the batch."""
+    x = draw(2, 12, 5)  # two views of twelve images
+    torch.manual_seed(simclr.RANK)  # DistributedDataParallel makes the networks equal
+    network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    network = nn.parallel.DistributedDataParallel(network)
+    z1, z2 = network(x[:, simclr.RANK :: 2].flatten(0, 1)).chunk(2)
+    loss = simclr.nt_xent(simclr.gather(z1), simclr.gather(z2), 0.3)
+    part = torch.autograd.grad(loss, list(network.module.parameters()), retain_graph=True)
+    loss.backward()
+    order = [*range(0, 12, 2), *range(1, 12, 2)]  # as gather puts them together
+    z1, z2 = network.module(x[:, order].flatten(0, 1)).chunk(2)
+    whole = simclr.nt_xent(z1, z2, 0.3)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-10)
+    expected = torch.autograd.grad(whole, list(network.module.parameters()))
+    for p, mine, gradient in zip(network.parameters(), part, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(mine, gradient)
+
+
+def both_train(data, folder):
+    """A run, and the same once more from its first checkpoint on."""
+    both_compute_gradients()
+    flags = words(data, f"{folder}/run", "--device", "cpu", "--eval-every", 1)
+    train_and_keep(f"{folder}/unbroken", simclr, simclr.parse_args(flags))
+    with killed_at(simclr, "nt_xent", 5):
+        simclr.main(simclr.parse_args([*flags, "--out", f"{folder}/broken"]))
+    args = simclr.parse_args(["--resume", f"{folder}/broken"])
+    train_and_keep(f"{folder}/resumed", simclr, args)
+
+
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+    first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert second == ""
+    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
+    for name in ("unbroken", "resumed"):
+        assert_same_in_both(tmp_path / name)
+    assert_same(load(tmp_path / "unbroken-0.pt"), load(tmp_path / "resumed-0.pt"))
+    assert records(tmp_path / "run") == records(tmp_path / "broken")
+    assert files(tmp_path / "run") == RESULTS
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["command"].startswith("torchrun --nproc-per-node 2 simclr.py --dataset")
 
 
-def test_a_batch_is_a_multiple_of_the_processes(tiny_shapes, tmp_path, monkeypatch):
+def test_a_batch_is_shared_equally(tiny_shapes, tmp_path, monkeypatch):
+    data = common.load_dataset(str(tiny_shapes))
     monkeypatch.setattr(simclr, "WORLD", 3)
-    monkeypatch.setattr(simclr, "pick_device", lambda _: torch.device("cpu"))
-    with pytest.raises(common.UserError, match="--batch-size 32: at most .* images, in equal parts for 3 processes"):
+    monkeypatch.setattr(simclr, "load_data", lambda *_: data)
+    with pytest.raises(common.UserError, match="from 2 to the 96 images, in 3 equal parts"):
         small_run(tiny_shapes, tmp_path / "run")

@@ -381,10 +381,8 @@ def test_a_run_leaves_its_files(unbroken):
     assert json.loads((unbroken / "args.json").read_text())["batch_size"] == 32
 
 
-def test_a_summary_says_what_was_done(tiny_shapes, tmp_path):
-    summary = small_run(tiny_shapes, tmp_path / "run", "--eval-every", 2)
-    saved = json.loads((tmp_path / "run/summary.json").read_text())
-    assert saved == json.loads(json.dumps(summary))
+def test_a_summary_says_what_was_done(unbroken, tiny_shapes):
+    summary = json.loads((unbroken / "summary.json").read_text())
     assert summary.keys() == {*KEYS.split(), "semi_supervised"}
     assert summary["method"] == "simclr"
     assert summary["total_seconds"] > summary["pretrain_seconds"] > 0
@@ -396,11 +394,9 @@ def test_a_summary_says_what_was_done(tiny_shapes, tmp_path):
     assert summary["most_frequent_class"] == np.bincount(labels).max() / 30
 
 
-def test_the_log_has_a_line_for_each_epoch(tiny_shapes, tmp_path):
-    summary = small_run(tiny_shapes, tmp_path / "run", "--eval-every", 2)
-    text = (tmp_path / "run/metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    assert lines == summary["history"]
+def test_the_log_has_a_line_for_each_epoch(unbroken):
+    lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert lines == json.loads((unbroken / "summary.json").read_text())["history"]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert ["knn" in line for line in lines] == [False, True]
     for line in lines:
@@ -450,6 +446,8 @@ def test_few_steps_are_said_to_be_few(tiny_shapes, tmp_path, monkeypatch, capsys
 
 def test_results_are_printed_beside_a_guess(tiny_shapes, tmp_path, capsys):
     summary = small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
+    saved = json.loads((tmp_path / "run/summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary))
     out = capsys.readouterr().out
     before = summary["untrained"]["knn"]
     after = summary["trained"]["knn"]
@@ -515,13 +513,6 @@ def test_compiled_it_does_the_same(tiny_shapes, tmp_path, monkeypatch):
     assert compiled["trained"]["knn"] == pytest.approx(eager["trained"]["knn"], abs=0.021)
 
 
-def test_main_can_be_called_twice(tiny_shapes, unbroken, tmp_path):
-    small_run(tiny_shapes, tmp_path / "first")
-    small_run(tiny_shapes, tmp_path / "second")
-    for name in ("first", "second"):
-        assert_same(load(tmp_path / name / "encoder.pt"), load(unbroken / "encoder.pt"))
-
-
 class NotebookOutput(io.TextIOBase):
     """A notebook's stdout, which cannot be configured."""
 
@@ -530,13 +521,14 @@ class NotebookOutput(io.TextIOBase):
 
 
 @pytest.mark.parametrize("stdout", [NotebookOutput(), None])  # None: closed
-def test_it_runs_without_a_usual_stdout(tiny_shapes, tmp_path, monkeypatch, stdout):
+def test_it_runs_without_a_usual_stdout(tiny_shapes, unbroken, tmp_path, monkeypatch, stdout):
     monkeypatch.setattr(sys, "stdout", stdout)
-    for name in ("first", "second"):
+    for name in ("first", "second"):  # one after the other, as from a notebook
         monkeypatch.setattr(sys, "argv", ["simclr.py", *words(tiny_shapes, tmp_path / name)])
         simclr.run()
         assert files(tmp_path / name) == RESULTS
         assert sys.stdout is stdout
+        assert_same(load(tmp_path / name / "encoder.pt"), load(unbroken / "encoder.pt"))
 
 
 # ==================================================================================================

@@ -295,43 +295,46 @@ def test_there_are_ten_named_in_the_readme():
         assert f"python relatives/{name}.py" in text.split('"""')[1]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_run_is_simclrs_with_what_is_handed_over(name, tiny_shapes, tmp_path, capsys):
-    run = tmp_path / "run"
-    summary = simclr.main(arguments(name, *words(tiny_shapes, run)), **parts(name))
+@pytest.fixture(scope="module", params=MODELS)
+def unbroken(request, tiny_shapes, tmp_path_factory):
+    """A relative, and the folder of a run of it that nothing has stopped. It is read only."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    name = request.param
+    simclr.main(arguments(name, *words(tiny_shapes, folder)), **parts(name))
+    return name, folder
+
+
+def test_a_run_is_simclrs_with_what_is_handed_over(unbroken):
+    name, run = unbroken
     assert files(run) == RESULTS
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["method"] == name
     assert summary["command"].startswith(f"python relatives/{name}.py --dataset ")
     assert {"knn", "linear_probe"} <= summary["untrained"].keys() & summary["trained"].keys()
-    assert f"relatives/{name}.py on {tiny_shapes}: 96 images" in capsys.readouterr().out
     state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
     assert state.keys() == MODELS[name](arguments(name)).state_dict().keys()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_record_has_only_what_the_method_has(name, tiny_shapes, tmp_path):
-    run = tmp_path / "run"
-    summary = simclr.main(arguments(name, *words(tiny_shapes, run)), **parts(name))
-    assert "null" not in (run / "summary.json").read_text()
-    assert [line.keys() - {"knn"} for line in summary["history"]] == 2 * [
-        {"epoch", "seconds", "loss", "spread"}
-    ]
+def test_a_record_has_only_what_the_method_has(unbroken):
+    name, run = unbroken
+    text = (run / "summary.json").read_text()
+    summary = json.loads(text)
+    assert "null" not in text
+    logged = [line.keys() - {"knn"} for line in summary["history"]]
+    assert logged == 2 * [{"epoch", "seconds", "loss", "spread"}]
     assert "projection" not in summary["args"]
     assert ("temperature" in summary["args"]) == (name == "swav")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_resumed_run_ends_as_an_unbroken_one(name, tiny_shapes, tmp_path):
-    simclr.main(arguments(name, *words(tiny_shapes, tmp_path / "unbroken")), **parts(name))
+def test_a_resumed_run_ends_as_an_unbroken_one(unbroken, tiny_shapes, tmp_path, capsys):
+    name, folder = unbroken
     run = tmp_path / "run"
     with killed_at(simclr, "spread", 5):  # of three steps an epoch: a checkpoint is there
         simclr.main(arguments(name, *words(tiny_shapes, run)), **parts(name))
     simclr.main(arguments(name, "--resume", run), **parts(name))
-    states = [
-        torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-        for folder in (tmp_path / "unbroken", run)
-    ]
+    states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, run)]
     assert_same(*states)
+    assert f"relatives/{name}.py on {tiny_shapes}: 96 images" in capsys.readouterr().out
 
 
 def command_line(name):

@@ -20,6 +20,7 @@ thrown away.
     python moco.py --dataset cifar10 --compile         ResNet-18, on a GPU
     python moco.py --dataset cifar10 --encoder small   a small ResNet, on a CPU
     python moco.py --no-mlp --no-aug-plus --no-cos --temperature 0.07 --blur 0     version 1
+    python moco.py --init encoder.pt --epochs 0        measures the weights in a file
     torchrun --nproc-per-node 8 moco.py --dataset path/to/images       your own images, on 8 GPUs
 
 Linear probe on test, untrained -> trained encoder, with seed 0 (records in results/): shapes
@@ -75,13 +76,13 @@ class Args:
     replace some of them, but never a flag that was typed. "notebook" is the authors' for CIFAR-10.
     """
 
-    script: str = "moco.py"
+    script: str = "moco.py"  # relatives/ name their own
     dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, an .npz file, an image folder")
     data_dir: str = flag("data", "folder for downloads and decoded images", resume=True)
     image_size: int = flag(96, "side of a folder's images; largest side in an .npz file", 8, 512)
     encoder: str = flag("resnet18", "encoders f_q and f_k; paper: resnet50", choices=ENCODERS)
     init: str = flag("", "weights to begin with: an encoder.pt, or torchvision's for --encoder")
-    epochs: int = flag(200, "passes over the training images, 0 for none; paper: 200", 0)
+    epochs: int = flag(200, "passes over the training images; paper: 200", 0)
     batch_size: int = flag(512, "images per step, over all GPUs; paper: 256", 2)
     optimizer: str = flag("sgd", "sgd has momentum 0.9; paper: sgd", choices=("sgd", "adamw"))
     lr: float = flag(0.03, "peak learning rate for 256 images per step; paper: 0.03", 0)
@@ -101,7 +102,7 @@ class Args:
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "seed of weights, batches and views", 0, 2**31)
     device: str = flag("auto", "cuda, mps, cpu, or auto: the first that is there", resume=True)
-    compile: bool = flag(False, "torch.compile, for long runs on a GPU", resume=True)
+    compile: bool = flag(False, "compile network and views, for long runs on a GPU", resume=True)
     out: str = flag("", "run folder; by default runs/<method>-<dataset>-seed<seed>")
     resume: str = flag("", "run folder to continue, with the flags of its first start", resume=True)
     explicit: tuple = ()  # flags that were typed: recipes leave them alone
@@ -341,7 +342,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
     those of the CIFAR-10 notebook by MoCo's authors)."""
     counts = bank_labels.bincount()
     smallest = int(counts[counts > 0].min())
-    k = min(k, max(10, smallest), len(bank))  # more would outvote the smallest class in any case
+    k = min(k, max(10, smallest), len(bank))  # or the smallest class would always be outvoted
     bank = F.normalize(bank, dim=1)
     queries = F.normalize(queries, dim=1)
     correct = 0
@@ -419,9 +420,11 @@ def main(args, Model=MoCo, training_step=training_step):
     use_recipe(args, {"queue_size": min(args.queue_size, max(1, M // 4))})
     N = args.batch_size
     K = args.queue_size
-    if not 2 * G <= N <= M or N % G or G % WORLD:
-        groups = f"{G} --bn-groups of 2 or more on {WORLD} processes"
-        raise UserError(f"--batch-size {N}: of {M} images, must make {groups}")
+    if not 2 * G <= N <= M or N % G:
+        limits = f"at most {M}, the number of images, and make {G} --bn-groups of 2 or more"
+        raise UserError(f"--batch-size {N}: must be {limits}")
+    if G % WORLD:
+        raise UserError(f"--bn-groups {G}: must be a multiple of {WORLD}, the number of processes")
     if K > M:
         reason = "beyond that, most queries meet an older key of their own image"
         raise UserError(f"--queue-size {K}: must be at most the {M} images; {reason}")
@@ -616,17 +619,20 @@ def save(path, content):
     """Bytes, or what torch.save takes; under another name first, so that no torn file is left."""
     if RANK > 0:
         return
-    if not isinstance(content, bytes):
-        file = io.BytesIO()  # in a file, torch.save does not say why it fails
-        torch.save(on_cpu(content), file)
-        content = file.getbuffer()
+    content = on_cpu(content)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(content)
+        with open(partial, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # of torch.save
+        reason = getattr(cause, "strerror", error)
+        raise UserError(f"{path}: cannot be written ({reason})") from None
 
 
 def save_json(path, content):

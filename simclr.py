@@ -19,6 +19,7 @@ downstream tasks use h.
     python simclr.py --dataset cifar10 --compile         ResNet-18, on a GPU
     python simclr.py --dataset cifar10 --encoder small   a small ResNet, on a CPU
     python simclr.py --labels 0.01 0.1                   fine-tuning with 1 % and 10 % of the labels
+    python simclr.py --init encoder.pt --epochs 0        measures the weights in a file
     torchrun --nproc-per-node 8 simclr.py --dataset path/to/images       your own images, on 8 GPUs
 
 Linear probe on test, untrained -> trained encoder, with seed 0 (records in results/): shapes
@@ -74,13 +75,13 @@ class Args:
     """The values here are the recipe for CIFAR-10 on a GPU. SHAPES, SMALL and LARGE_IMAGES, below,
     replace some of them, but never a flag that was typed."""
 
-    script: str = "simclr.py"
+    script: str = "simclr.py"  # relatives/ name their own
     dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, an .npz file, an image folder")
     data_dir: str = flag("data", "folder for downloads and decoded images", resume=True)
     image_size: int = flag(96, "side of a folder's images; largest side in an .npz file", 8, 512)
     encoder: str = flag("resnet18", "the encoder f; paper: resnet50", choices=ENCODERS)
     init: str = flag("", "weights to begin with: an encoder.pt, or torchvision's for --encoder")
-    epochs: int = flag(200, "passes, more for small batches, 0 for none; paper: 100 to 1000", 0)
+    epochs: int = flag(200, "passes over the images, more for small batches; paper: 100 to 1000", 0)
     batch_size: int = flag(512, "images per step, over all GPUs; paper: 256 to 8192", 2)
     optimizer: str = flag("sgd", "sgd has momentum 0.9; paper: LARS", choices=("sgd", "adamw"))
     lr: float = flag(0.06, "peak learning rate for 256 images per step; paper: 0.3 with LARS", 0)
@@ -93,11 +94,13 @@ class Args:
     gray: float = flag(0.1, "fraction of gray views; paper: 0.2", 0, 1)
     blur: float = flag(0.0, "fraction of blurred views; paper: 0.5, CIFAR-10 none", 0, 1)
     half_size_until: float = flag(0.0, "fraction of steps, at first, with half-size views", 0, 1)
-    labels: tuple = flag((), "labels to fine-tune with: 0.1 of each class, or 10", resume=True)
+    labels: tuple = flag(
+        (), "fine-tune with few labels: 0.1 is a tenth of each class, 10 are ten", resume=True
+    )
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "seed of weights, batches, views and choice of labels", 0, 2**31)
     device: str = flag("auto", "cuda, mps, cpu, or auto: the first that is there", resume=True)
-    compile: bool = flag(False, "torch.compile, for long runs on a GPU", resume=True)
+    compile: bool = flag(False, "compile network and views, for long runs on a GPU", resume=True)
     out: str = flag("", "run folder; by default runs/<method>-<dataset>-seed<seed>")
     resume: str = flag("", "run folder to continue, with the flags of its first start", resume=True)
     explicit: tuple = ()  # flags that were typed: recipes leave them alone
@@ -114,8 +117,8 @@ SMALL = dict(
     image_size=32, epochs=40, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-2,
     warmup=0.05, temperature=0.1, gray=0.2, half_size_until=0.9, eval_every=8,
 )  # fmt: skip
-# Above 64 pixels: the paper's views and temperature for ImageNet. For CIFAR-10 it jitters less and
-# does not blur, since little of an image of 32 pixels would be left (appendix B.9).
+# Above 64 pixels: the paper's views and temperature for ImageNet. For CIFAR-10 it halves the jitter
+# and leaves out the blur (appendix B.9).
 LARGE_IMAGES = dict(temperature=0.1, crop=0.08, jitter_strength=1.0, gray=0.2, blur=0.5)
 
 
@@ -280,7 +283,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
     those of the CIFAR-10 notebook by MoCo's authors)."""
     counts = bank_labels.bincount()
     smallest = int(counts[counts > 0].min())
-    k = min(k, max(10, smallest), len(bank))  # more would outvote the smallest class in any case
+    k = min(k, max(10, smallest), len(bank))  # or the smallest class would always be outvoted
     bank = F.normalize(bank, dim=1)
     queries = F.normalize(queries, dim=1)
     correct = 0
@@ -325,7 +328,7 @@ def monitor(encoder, data):
     return {"knn": knn_accuracy(h[others], y[others], h[held_out], y[held_out])}
 
 
-def evaluate(encoder, data, projector=None):
+def evaluate(encoder, data, projector=()):
     """kNN and linear probe of h and, given the head, of z -> accuracies on test, none without
     labels; and, for a figure, row numbers (R, 6) of the training images that are nearest in h to
     each of the test images data.examples()."""
@@ -339,7 +342,7 @@ def evaluate(encoder, data, projector=None):
         return {}, neighbors
     accuracies = {"knn": knn_accuracy(h, y, test_h, test_y)}
     accuracies["linear_probe"] = linear_probe(h, y, test_h, test_y)
-    if projector is not None:
+    if projector:  # with layers
         projector.eval()
         with torch.no_grad():
             z = projector(h)
@@ -385,10 +388,9 @@ def semi_supervised(encoder, data, rows, args):
     row["linear_probe"] = linear_probe(h, data.train_labels[rows], test_h, data.test_labels)
     row["fine_tuned"] = fine_tune(encoder, D, data, rows, args)
     torch.manual_seed(args.seed)
-    scratch, _ = build_encoder(args.encoder, data.train_images.shape[3])
-    weights = scratch.state_dict()
+    random_encoder, _ = build_encoder(args.encoder, data.train_images.shape[3])
     scratch = copy.deepcopy(encoder)  # on its device and in its memory layout
-    scratch.load_state_dict(weights)
+    scratch.load_state_dict(random_encoder.state_dict())
     row["from_scratch"] = fine_tune(scratch, D, data, rows, args)
     return row
 
@@ -406,9 +408,8 @@ def main(args, Model=SimCLR, training_step=training_step):
     use_recipe(args, {"batch_size": min(args.batch_size, M // WORLD * WORLD)})  # at most all images
     N = args.batch_size
     if not 2 <= N <= M or N % WORLD:
-        raise UserError(
-            f"--batch-size {N}: must be from 2 to the {M} images, in {WORLD} equal parts"
-        )
+        limits = f"from 2 to {M}, the number of images, and a multiple of {WORLD} (processes)"
+        raise UserError(f"--batch-size {N}: must be {limits}")
     subsets = [common.labelled_rows(data.train_labels, amount, args.seed) for amount in args.labels]
 
     torch.manual_seed(args.seed)
@@ -418,8 +419,8 @@ def main(args, Model=SimCLR, training_step=training_step):
         # The two views of an image are on one GPU. Batch statistics of that GPU would set them
         # apart from the images of other GPUs, and so give the partner away (paper, section 2.2).
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    untrained_encoder = copy.deepcopy(model.encoder)
-    projector = model.projector if args.projection != "none" else None
+    encoder = model.encoder
+    untrained_encoder = copy.deepcopy(encoder)
     if args.compile:
         model.compile()
 
@@ -428,14 +429,14 @@ def main(args, Model=SimCLR, training_step=training_step):
         if not (folder / "checkpoint.pt").exists():
             save_views(folder / "views.png", data.train_images[:8].to(device), args)
         untrained, before = once(folder / "untrained.pt", evaluate, untrained_encoder, data)
-        watch = functools.partial(monitor, model.encoder, data)
+        watch = functools.partial(monitor, encoder, data)
         with common.compile_operators(args.compile):
             history = pretrain(model, data.train_images, args, training_step, watch)
-        save(folder / "encoder.pt", model.encoder.state_dict())
+        save(folder / "encoder.pt", encoder.state_dict())
         print("measuring", flush=True)
-        trained, after = evaluate(model.encoder, data, projector)
-        few = [semi_supervised(model.encoder, data, rows, args) for rows in subsets]
-        summary = describe(args, data, device, model.encoder, history, start)
+        trained, after = evaluate(encoder, data, model.projector)
+        few = [semi_supervised(encoder, data, rows, args) for rows in subsets]
+        summary = describe(args, data, device, encoder, history, start)
         summary |= {"untrained": untrained, "trained": trained, "semi_supervised": few}
         save_json(folder / "summary.json", summary)
         print_results(summary)
@@ -607,17 +608,20 @@ def save(path, content):
     """Bytes, or what torch.save takes; under another name first, so that no torn file is left."""
     if RANK > 0:
         return
-    if not isinstance(content, bytes):
-        file = io.BytesIO()  # in a file, torch.save does not say why it fails
-        torch.save(on_cpu(content), file)
-        content = file.getbuffer()
+    content = on_cpu(content)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(content)
+        with open(partial, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # of torch.save
+        reason = getattr(cause, "strerror", error)
+        raise UserError(f"{path}: cannot be written ({reason})") from None
 
 
 def save_json(path, content):

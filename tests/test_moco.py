@@ -370,9 +370,15 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, tmp_path):
 
 BAD = [
     (["--queue-size", "4097"], "--queue-size 4097: must be at most the 4096 images; beyond that"),
-    (["--batch-size", "63"], "--batch-size 63: of 4096 images, must make 2 --bn-groups of 2 or"),
-    (["--batch-size", "8", "--bn-groups", "8"], "--batch-size 8: of 4096 images, must make 8 -"),
-    (["--batch-size", "4098"], "--batch-size 4098: of 4096 images"),
+    (
+        ["--batch-size", "63"],
+        "--batch-size 63: must be at most 4096, the number of images, and make",
+    ),
+    (
+        ["--batch-size", "8", "--bn-groups", "8"],
+        "the number of images, and make 8 --bn-groups of 2 or more",
+    ),
+    (["--batch-size", "4098"], "--batch-size 4098: must be at most 4096"),
     (["--ema-momentum", "1.1"], "--ema-momentum 1.1: must be from 0 to 1"),
     (["--momentum", "0.9"], "--momentum 0.9; did you mean --ema-momentum?"),
     (["--temperature", "0"], "--temperature 0.0: must be at least 0.01"),

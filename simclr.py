@@ -438,6 +438,7 @@ def main(args, Model=SimCLR, training_step=training_step):
         few = [semi_supervised(encoder, data, rows, args) for rows in subsets]
         summary = describe(args, data, device, encoder, history, start)
         summary |= {"untrained": untrained, "trained": trained, "semi_supervised": few}
+        summary["history"] = history
         save_json(folder / "summary.json", summary)
         print_results(summary)
         for row in few:
@@ -448,9 +449,9 @@ def main(args, Model=SimCLR, training_step=training_step):
 
 # === Nothing below is about SimCLR: every script has it word for word, but for the figures ========
 def pretrain(model, images, args, training_step, monitor):
-    """Trains on uint8 images (M, 3, S, S), without labels, and from the checkpoint in args.out if
-    there is one. Returns the history, a record of each epoch: the means of what training_step
-    returns and, now and then, what monitor() returns."""
+    """Trains on uint8 images (M, 3, S, S), without labels, from the checkpoint in args.out if there
+    is one. Returns the history, a record of each epoch: the means of what training_step returns
+    and, every few epochs, what monitor() returns."""
     device = next(model.parameters()).device
     N = args.batch_size // WORLD  # images of this process in a step
     steps = len(images) // args.batch_size  # in an epoch; an incomplete last batch is left out
@@ -586,8 +587,10 @@ def run_folder(args):
 
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out {folder}: another run is writing there") from None
+            except OSError as error:
+                busy = isinstance(error, BlockingIOError)
+                reason = "another run is writing there" if busy else error.strerror
+                raise UserError(f"--out {folder}: {reason}") from None
         if (folder / "checkpoint.pt").exists() and not args.resume:
             raise UserError(
                 f"--out {folder}: holds a run; go on with --resume {folder}, or name another folder"
@@ -630,7 +633,7 @@ def save_json(path, content):
 
 
 def once(path, measure, *inputs):
-    """measure(*inputs), kept in path, where a resumed run finds it, and the random state after it:
+    """measure(*inputs), kept in path for a resumed run, with the random state after it: on a CPU,
     later probes then start from the same weights as in a run that was not stopped."""
     if path.with_name("checkpoint.pt").exists() and path.exists():
         content = torch.load(path, weights_only=True)
@@ -734,7 +737,6 @@ def describe(args, data, device, encoder, history, start):
         content["most_frequent_class"] = counts.max().item() / len(data.test_labels)
     content["pretrain_seconds"] = sum(seconds)
     content["total_seconds"] = time.perf_counter() - start
-    content["history"] = history
     return content
 
 
@@ -848,8 +850,8 @@ def parse_args(argv=None, Args=Args, doc=__doc__, shapes=SHAPES):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(Args, doc, shapes)
     flags = flags_of(Args)
-    typed, unknown = parser.parse_known_args(argv)
-    typed = vars(typed)
+    namespace, unknown = parser.parse_known_args(argv)
+    typed = vars(namespace)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], map(option, flags), 1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -191,8 +191,7 @@ def train_and_keep(path, script, args, **parts):
 
 def assert_same_in_both(path):
     """What train_and_keep has kept is equal in both processes."""
-    first, second = (torch.load(f"{path}-{rank}.pt", weights_only=True) for rank in range(2))
-    assert_same(first, second)
+    assert_same(*[torch.load(f"{path}-{rank}.pt", weights_only=True) for rank in range(2)])
 
 
 # What follows is for the scripts whose tests have not been taken over to the functions above.

@@ -129,7 +129,8 @@ def test_the_queue_is_first_in_first_out(model, size):
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.99, 1.0])
 def test_the_moving_average_is_equation_2(momentum):
     torch.manual_seed(0)
-    key, query = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    key = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    query = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = [p.clone() for p in key.parameters()]
     buffers = [b.clone() for b in key.buffers()]
     moco.ema_update(key, query, momentum)
@@ -182,10 +183,10 @@ def test_running_statistics_average_the_groups(split):
 def test_there_are_no_groups_at_test_time(split):
     norm, x = split
     norm(x)
-    mean, var, weight, bias = (
-        t.view(3, 1, 1) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    expected = (x[:3] - mean) / (var + norm.eps).sqrt() * weight + bias
+    mean = norm.running_mean.view(3, 1, 1)
+    deviation = (norm.running_var + norm.eps).sqrt().view(3, 1, 1)
+    standardized = (x[:3] - mean) / deviation
+    expected = standardized * norm.weight.view(3, 1, 1) + norm.bias.view(3, 1, 1)
     torch.testing.assert_close(norm.eval()(x[:3]), expected)
 
 
@@ -203,7 +204,9 @@ def test_keys_are_shuffled_and_come_back_in_order(model, monkeypatch):
 
 def test_shuffled_keys_meet_other_statistics(model):
     x = torch.rand(8, 3, 32, 32)
-    first, second = (model.train().keys(x, torch.Generator().manual_seed(s)) for s in (1, 2))
+    model.train()
+    first = model.keys(x, torch.Generator().manual_seed(1))
+    second = model.keys(x, torch.Generator().manual_seed(2))
     assert not torch.allclose(first, second, atol=1e-4)
 
 
@@ -391,6 +394,14 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, error_of, flags, message):
     monkeypatch.chdir(tmp_path)
     assert message in error_of(moco.run, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_are_shared_equally(tiny_shapes, tmp_path, monkeypatch):
+    data = common.load_dataset(str(tiny_shapes))
+    monkeypatch.setattr(moco, "WORLD", 3)
+    monkeypatch.setattr(moco, "load_data", lambda *_: data)
+    with pytest.raises(common.UserError, match="--bn-groups 2: must be a multiple of 3, the num"):
+        small_run(tiny_shapes, tmp_path / "run")
 
 
 @pytest.mark.parametrize("flags", [[], ["cifar10"], ["cifar10", "--encoder", "small"]])

@@ -134,12 +134,14 @@ def test_two_views_keep_the_order_of_the_images():
 def test_two_views_differ_and_a_seed_fixes_them():
     images = common.load_dataset("shapes").train_images[:40]
     args = simclr.parse_args([])
-    first, again, other = (
-        simclr.two_views(images, args, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
-    )
+
+    def views(seed):
+        return simclr.two_views(images, args, torch.Generator().manual_seed(seed))
+
+    first = views(0)
     assert first.shape == (80, 3, 32, 32)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert torch.equal(first, views(0))
+    assert not torch.equal(first, views(1))
     assert ((first[:40] - first[40:]).abs().mean((1, 2, 3)) > 0.005).all()
     assert first.min() >= 0
     assert first.max() <= 1
@@ -818,8 +820,10 @@ def test_the_head_is_probed_as_it_is_at_test_time(tiny_shapes):
     model.eval()
     labels = data.train_labels, data.test_labels
     with torch.no_grad():
-        h, test_h = model.encoder(x), model.encoder(test_x)
-        z, test_z = model(x), model(test_x)
+        h = model.encoder(x)
+        test_h = model.encoder(test_x)
+        z = model(x)
+        test_z = model(test_x)
     assert accuracies["knn"] == simclr.knn_accuracy(h, labels[0], test_h, labels[1])
     assert accuracies["knn_z"] == simclr.knn_accuracy(z, labels[0], test_z, labels[1])
     assert torch.equal(neighbors, simclr.nearest(h, test_h[data.examples()]))
@@ -992,9 +996,8 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, 
     assert records(run) == records(unbroken)
     assert_same(load(run / "checkpoint.pt")["model"], load(unbroken / "checkpoint.pt")["model"])
     assert (run / "encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()
-    summary, expected = (
-        json.loads((folder / "summary.json").read_text()) for folder in (run, unbroken)
-    )
+    summary = json.loads((run / "summary.json").read_text())
+    expected = json.loads((unbroken / "summary.json").read_text())
     for key in ("untrained", "trained"):
         assert summary[key] == expected[key]
     assert files(run) - {f for f in files(run) if f.endswith("partial")} == files(unbroken)
@@ -1101,7 +1104,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tiny_shapes, tmp_path, monkeypa
 
     monkeypatch.setattr(common, "batches", interrupted)
     monkeypatch.setattr(sys, "argv", ["simclr.py", *words(tiny_shapes, tmp_path / "run")])
-    monkeypatch.setattr(sys, "stdout", stdout := sys.stdout)
+    stdout = sys.stdout
+    monkeypatch.setattr(sys, "stdout", stdout)  # puts it back
     with pytest.raises(SystemExit, match="stopped; --resume with the run folder goes on"):
         simclr.run()
     assert (sys.stdout is stdout) == (end is KeyboardInterrupt)  # a notebook goes on printing
@@ -1136,10 +1140,11 @@ def test_from_scratch_is_from_scratch_with_init_too(unbroken, tiny_shapes, tmp_p
     calls = spy(monkeypatch, simclr, "fine_tune")
     flags = "--init", unbroken / "encoder.pt", "--epochs", 0, "--labels", 1
     small_run(tiny_shapes, tmp_path / "run", *flags)
-    tuned, scratch = (dict(encoder.state_dict()) for encoder, *_ in calls)
+    tuned, scratch = [encoder for encoder, *_ in calls]
     torch.manual_seed(0)
-    assert_same(scratch, dict(simclr.build_encoder("small")[0].state_dict()))
-    assert_same(tuned, load(unbroken / "encoder.pt"))
+    untrained, _ = simclr.build_encoder("small")
+    assert_same(dict(scratch.state_dict()), dict(untrained.state_dict()))
+    assert_same(dict(tuned.state_dict()), load(unbroken / "encoder.pt"))
 
 
 def save_large(path):

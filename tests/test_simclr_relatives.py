@@ -15,6 +15,7 @@ from conftest import (
     files,
     in_two_processes,
     killed_at,
+    spy,
     train_and_keep,
 )
 from torch import nn
@@ -212,14 +213,14 @@ def test_a_step_logs_its_loss_and_the_spread_of_z(name, monkeypatch):
     args = arguments(name)
     torch.manual_seed(0)
     model = MODELS[name](args).train()
-    seen = []
-    monkeypatch.setattr(simclr, "spread", lambda z: seen.append(z.shape) or torch.ones(()))
+    calls = spy(monkeypatch, simclr, "spread")
     losses = []
     terms = step(name, model, args, losses.append)
     assert terms.keys() == {"loss", "spread"}
     assert losses == [terms["loss"]]
     assert losses[0].requires_grad
-    assert seen == [(8, 128 if name in ("swav", "byol") else 512)]  # z of the first views
+    ((z,),) = calls
+    assert z.shape == (8, 128 if name in ("swav", "byol") else 512)  # of the first views
 
 
 @pytest.mark.parametrize("flags", [["--stop-gradient"], ["--no-stop-gradient"]])

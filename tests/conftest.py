@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import common
 
@@ -187,6 +188,38 @@ def train_and_keep(path, script, args, **parts):
     kept = {k: x for k, x in state.items() if "running" not in k and "num_batches" not in k}
     torch.save(kept, f"{path}-{dist.get_rank()}.pt")
     return summary
+
+
+def step_gradient(script, training_step, model, args, images):
+    """Of a training step with images (N, 3, S, S), whose views are not random: all parameters', as
+    one vector. Of both processes if the model is in DistributedDataParallel, else of this one."""
+    single = not isinstance(model, nn.parallel.DistributedDataParallel)
+
+    def views(x, *_):
+        return torch.cat([x, x.flip(3)]) / 255
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "two_views", views)
+        if single:
+            patch.setattr(script, "WORLD", 1)
+        training_step(model, images, args, None, 0.5, lambda loss: loss.backward())
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def assert_a_step_of_both_is_one_of_all(script, training_step, Model, args):
+    """Half of the images in each process, against all of them in one. Batch norm is as at test
+    time, since it would have statistics of half of the images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (12, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Model(args).eval()
+        models.append(model.to(memory_format=torch.channels_last))
+    network = nn.parallel.DistributedDataParallel(models[0])
+    part = step_gradient(script, training_step, network, args, images[dist.get_rank() :: 2])
+    whole = step_gradient(script, training_step, models[1], args, images)
+    assert (part - whole).norm() < 1e-4 * whole.norm()
 
 
 def assert_same_in_both(path):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    assert_a_step_of_both_is_one_of_all,
     assert_same,
     assert_same_in_both,
     files,
@@ -1021,6 +1022,19 @@ def test_the_untrained_encoder_is_measured_once(finished, monkeypatch):
     assert (finished / "views.png").stat().st_mtime_ns == views
 
 
+def test_later_probes_begin_as_in_a_run_that_was_not_stopped(tmp_path):
+    path = tmp_path / "untrained.pt"
+    torch.manual_seed(0)
+    first = simclr.once(path, torch.rand, 3)
+    other = simclr.once(path, torch.rand, 3)  # before the first checkpoint: a new run
+    assert not torch.equal(first, other)
+    following = torch.rand(3)
+    (tmp_path / "checkpoint.pt").touch()
+    torch.manual_seed(1)
+    assert torch.equal(simclr.once(path, torch.rand, 3), other)
+    assert torch.equal(torch.rand(3), following)
+
+
 def test_a_finished_run_can_be_asked_about_few_labels(finished, unbroken, monkeypatch):
     monkeypatch.setattr(simclr, "fine_tune", lambda *_: 0.5)
     before = json.loads((unbroken / "summary.json").read_text())
@@ -1234,6 +1248,8 @@ def both_compute_gradients():
 def both_train(data, folder):
     """A run, and the same once more from its first checkpoint on."""
     both_compute_gradients()
+    args = simclr.parse_args([])
+    assert_a_step_of_both_is_one_of_all(simclr, simclr.training_step, simclr.SimCLR, args)
     flags = words(data, f"{folder}/run", "--device", "cpu", "--eval-every", 1)
     train_and_keep(f"{folder}/unbroken", simclr, simclr.parse_args(flags))
     with killed_at(simclr, "nt_xent", 5):

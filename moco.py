@@ -433,7 +433,6 @@ def main(args, Model=MoCo, training_step=training_step):
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # as normalize
     model = Model(args, S).to(device, memory_format=layout)
     encoder = model.query_encoder[0]
-    untrained_encoder = copy.deepcopy(encoder)
     if args.compile:
         model.query_encoder.compile()
         model.key_encoder.compile()
@@ -442,7 +441,7 @@ def main(args, Model=MoCo, training_step=training_step):
         print_header(args, data, device)
         if not (folder / "checkpoint.pt").exists():
             save_views(folder / "views.png", data.train_images[:8].to(device), args)
-        untrained, before = once(folder / "untrained.pt", evaluate, untrained_encoder, data)
+        untrained, before = once(folder / "untrained.pt", evaluate, encoder, data)
         watch = functools.partial(monitor, encoder, data)
         with common.compile_operators(args.compile):
             history = pretrain(model, data.train_images, args, training_step, watch)

@@ -420,7 +420,6 @@ def main(args, Model=SimCLR, training_step=training_step):
         # apart from the images of other GPUs, and so give the partner away (paper, section 2.2).
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     encoder = model.encoder
-    untrained_encoder = copy.deepcopy(encoder)
     if args.compile:
         model.compile()
 
@@ -428,7 +427,7 @@ def main(args, Model=SimCLR, training_step=training_step):
         print_header(args, data, device)
         if not (folder / "checkpoint.pt").exists():
             save_views(folder / "views.png", data.train_images[:8].to(device), args)
-        untrained, before = once(folder / "untrained.pt", evaluate, untrained_encoder, data)
+        untrained, before = once(folder / "untrained.pt", evaluate, encoder, data)
         watch = functools.partial(monitor, encoder, data)
         with common.compile_operators(args.compile):
             history = pretrain(model, data.train_images, args, training_step, watch)

@@ -202,6 +202,7 @@ def step_gradient(script, training_step, model, args, images):
         patch.setattr(script, "two_views", views)
         if single:
             patch.setattr(script, "WORLD", 1)
+            patch.setattr(script, "RANK", 0)
         training_step(model, images, args, None, 0.5, lambda loss: loss.backward())
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 

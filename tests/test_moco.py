@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    assert_a_step_of_both_is_one_of_all,
     assert_same,
     assert_same_in_both,
     files,
@@ -463,6 +464,8 @@ def both_compute_gradients():
 def both_train(data, folder):
     """A run, and the same once more from its first checkpoint on."""
     both_compute_gradients()
+    args = moco.parse_args(["--bn-groups", "2", "--queue-size", "20"])
+    assert_a_step_of_both_is_one_of_all(moco, moco.training_step, moco.MoCo, args)
     flags = words(data, f"{folder}/run", "--device", "cpu")
     train_and_keep(f"{folder}/unbroken", moco, moco.parse_args(flags))
     with killed_at(moco, "info_nce", 5):

@@ -224,21 +224,35 @@ def test_a_step_logs_its_loss_and_the_spread_of_z(name, monkeypatch):
     assert z.shape == (8, 128 if name in ("swav", "byol") else 512)  # of the first views
 
 
+class Pair(nn.Module):
+    """A network whose predictions and projections, of eight images, are parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(draw(16, 6).float())
+        self.z = nn.Parameter(draw(16, 6, seed=1).float())
+        self.encoder = nn.Identity()
+        self.projector = nn.Identity()
+        self.target = [nn.Identity(), nn.Identity()]
+
+    def forward(self, x):
+        return self.p, self.z
+
+
+@pytest.mark.parametrize("name", ["simsiam", "byol"])
+def test_what_is_predicted_is_the_other_view(name):
+    network = Pair()
+    losses = []
+    step(name, network, arguments(name), losses.append)
+    cosines = [F.cosine_similarity(network.p[i], network.z[(i + 8) % 16], dim=0) for i in range(16)]
+    mean = sum(cosines) / 16
+    expected = -mean if name == "simsiam" else 4 - 4 * mean
+    torch.testing.assert_close(losses[0], expected)
+
+
 @pytest.mark.parametrize("flags", [["--stop-gradient"], ["--no-stop-gradient"]])
 def test_simsiam_has_no_gradient_to_what_it_predicts(flags):
     args = arguments("simsiam", *flags)
-
-    class Pair(nn.Module):
-        """A network whose predictions and projections are parameters."""
-
-        def __init__(self):
-            super().__init__()
-            self.p = nn.Parameter(draw(16, 6).float())
-            self.z = nn.Parameter(draw(16, 6, seed=1).float())
-
-        def forward(self, x):
-            return self.p, self.z
-
     network = Pair()
     step("simsiam", network, args, lambda loss: loss.backward())
     assert network.p.grad.any()

@@ -434,8 +434,8 @@ def main(args, Model=MoCo, training_step=training_step):
     model = Model(args, S).to(device, memory_format=layout)
     encoder = model.query_encoder[0]
     if args.compile:
-        model.query_encoder.compile()
-        model.key_encoder.compile()
+        model.query_encoder.compile(dynamic=False)  # once for each size of views
+        model.key_encoder.compile(dynamic=False)
 
     with run_folder(args) as folder:
         print_header(args, data, device)

@@ -407,9 +407,10 @@ def main(args, Model=SimCLR, training_step=training_step):
         use_recipe(args, LARGE_IMAGES)
     use_recipe(args, {"batch_size": min(args.batch_size, M // WORLD * WORLD)})  # at most all images
     N = args.batch_size
-    if not 2 <= N <= M or N % WORLD:
-        limits = f"from 2 to {M}, the number of images, and a multiple of {WORLD} (processes)"
-        raise UserError(f"--batch-size {N}: must be {limits}")
+    if not 2 <= N <= M:
+        raise UserError(f"--batch-size {N}: must be from 2 to {M}, the number of images")
+    if N % WORLD:
+        raise UserError(f"--batch-size {N}: must be a multiple of {WORLD}, the number of processes")
     subsets = [common.labelled_rows(data.train_labels, amount, args.seed) for amount in args.labels]
 
     torch.manual_seed(args.seed)
@@ -421,7 +422,7 @@ def main(args, Model=SimCLR, training_step=training_step):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     encoder = model.encoder
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)  # once for each size of views
 
     with run_folder(args) as folder:
         print_header(args, data, device)

@@ -1276,6 +1276,6 @@ def test_a_batch_is_shared_equally(tiny_shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(simclr, "WORLD", 3)
     monkeypatch.setattr(simclr, "load_data", lambda *_: data)
     with pytest.raises(
-        common.UserError, match="from 2 to 96, the number of images, and a multiple of 3"
+        common.UserError, match="must be a multiple of 3, the number of processes"
     ):
         small_run(tiny_shapes, tmp_path / "run")

@@ -1275,7 +1275,5 @@ def test_a_batch_is_shared_equally(tiny_shapes, tmp_path, monkeypatch):
     data = common.load_dataset(str(tiny_shapes))
     monkeypatch.setattr(simclr, "WORLD", 3)
     monkeypatch.setattr(simclr, "load_data", lambda *_: data)
-    with pytest.raises(
-        common.UserError, match="must be a multiple of 3, the number of processes"
-    ):
+    with pytest.raises(common.UserError, match="must be a multiple of 3, the number of processes"):
         small_run(tiny_shapes, tmp_path / "run")

@@ -180,7 +180,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """
 
     def __init__(self, num_features, groups):
-        super().__init__(num_features, momentum=0.1 / groups)  # each group's share of a step
+        super().__init__(num_features, momentum=0.1 / groups)  # each group moves running statistics
         self.groups = groups
 
     def forward(self, x):
@@ -193,8 +193,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
 class MoCo(nn.Module):
     """Query encoder, key encoder and queue (C, K), the oldest key first.
 
-    The queue begins as random vectors. They differ so much from any key that the loss rises until
-    keys have replaced them.
+    The queue begins as random vectors. They are so unlike any key that the loss rises at first,
+    until keys have replaced them.
     """
 
     def __init__(self, args, image_size=32):
@@ -272,10 +272,10 @@ def similarities(query, key, queue):
 
 # === Training =====================================================================================
 @torch.no_grad()
-def ema_update(average, network, momentum):
+def ema_update(key_encoder, query_encoder, momentum):
     """theta_k <- m theta_k + (1 - m) theta_q, in place: equation 2 of the paper. For parameters:
     the running statistics of batch norm are each network's own."""
-    for k, q in zip(average.parameters(), network.parameters(), strict=True):
+    for k, q in zip(key_encoder.parameters(), query_encoder.parameters(), strict=True):
         k.lerp_(q, 1 - momentum)
 
 

@@ -3,10 +3,10 @@
 Every image of a batch is augmented twice. An encoder f maps each view to a representation h, and a
 small head g maps h to a projection z. Each z must pick out its partner among the other 2N - 1
 projections of the batch. The 2N - 2 views of other images are its negatives, so a larger batch
-means more of them. Without labels some of these show the same class: with ten balanced classes a
-tenth of them, whatever N is. Training makes z ignore whatever the augmentations change, color for
-instance, while h, before the head, keeps more of it. So g is thrown away after pretraining, and
-downstream tasks use h.
+means more of them. As no labels are used, some of them show the same class: with ten balanced
+classes a tenth of them, whatever N is. Training makes z ignore whatever the augmentations change,
+color for instance, while h, before the head, keeps more of it. So g is thrown away after
+pretraining, and downstream tasks use h.
 
     Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
     Representations, ICML 2020. Algorithm 1 of the paper, for the views i and j of one image:

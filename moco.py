@@ -180,7 +180,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """
 
     def __init__(self, num_features, groups):
-        super().__init__(num_features, momentum=0.1 / groups)  # each group moves running statistics
+        super().__init__(num_features, momentum=0.1 / groups)  # torch's 0.1, shared by the groups
         self.groups = groups
 
     def forward(self, x):
@@ -188,6 +188,16 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return norm(x)
         return torch.cat([norm(group) for group in x.chunk(self.groups)])
+
+
+@torch.no_grad()
+def gather(x):
+    """Images or keys (B, ...) of all processes -> (WORLD B, ...)."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
 
 
 class MoCo(nn.Module):
@@ -244,20 +254,6 @@ def info_nce(query, key, queue, temperature):
     return F.cross_entropy(logits, labels)
 
 
-def gather(x):
-    """Rows (B, D) of all processes -> (WORLD B, D), with a gradient to those of this process.
-
-    Every process computes the loss of the whole batch, but its gradient for its own rows only.
-    The parts have to be added, and DistributedDataParallel averages them: hence WORLD times.
-    """
-    if WORLD == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(rows, x.detach())
-    rows[RANK] = x.detach() + WORLD * (x - x.detach())  # the value of x, WORLD times its gradient
-    return torch.cat(rows)
-
-
 @torch.no_grad()
 def similarities(query, key, queue):
     """accuracy: the fraction of queries that are closer to their key than to the whole queue;
@@ -294,7 +290,7 @@ def training_step(network, images, args, generator, progress, update):
     key = all_keys.chunk(WORLD)[RANK]  # (N, C), those of this process
     loss = info_nce(query, key, model.queue, args.temperature)
     terms = similarities(query, key, model.queue)
-    update(loss)  # theta_q, by SGD
+    update(loss)  # theta_q, by gradient descent
     ema_update(model.key_encoder, model.query_encoder, args.ema_momentum)
     model.enqueue(all_keys)  # after the loss, since before it the positives would be negatives, too
     return {"loss": loss, "bound": math.log(args.queue_size + 1) - loss, **terms}
@@ -456,7 +452,7 @@ def main(args, Model=MoCo, training_step=training_step):
     return summary
 
 
-# === Nothing below is about MoCo: every script has it word for word, but for the figures ==========
+# === Nothing below is about MoCo: simclr.py has it as well, word for word =========================
 def pretrain(model, images, args, training_step, monitor):
     """Trains on uint8 images (M, 3, S, S), without labels, from the checkpoint in args.out if there
     is one. Returns the history, a record of each epoch: the means of what training_step returns
@@ -697,7 +693,7 @@ def save_epoch(args, state, images, history):
     norm = nn.utils.get_total_norm(state["model"].parameters())
     if not (math.isfinite(terms["loss"]) and norm.isfinite()):
         raise UserError(
-            f"the loss is not finite in epoch {epoch}: try a smaller --lr; a checkpoint is kept"
+            f"the loss is not finite in epoch {epoch}, which is not saved: try less --lr"
         )
     lines = [json.dumps(record) + "\n" for record in history]
     save(Path(args.out, "metrics.jsonl"), "".join(lines).encode())

@@ -440,14 +440,14 @@ def main(args, Model=SimCLR, training_step=training_step):
         summary |= {"untrained": untrained, "trained": trained, "semi_supervised": few}
         summary["history"] = history
         save_json(folder / "summary.json", summary)
-        print_results(summary)
         for row in few:
             print("  ".join(f"{name} {round(value, 3)}" for name, value in row.items()))
+        print_results(summary)
         save_neighbors(folder / "neighbors.png", data, before, after)
     return summary
 
 
-# === Nothing below is about SimCLR: every script has it word for word, but for the figures ========
+# === Nothing below is about SimCLR: moco.py has it as well, word for word =========================
 def pretrain(model, images, args, training_step, monitor):
     """Trains on uint8 images (M, 3, S, S), without labels, from the checkpoint in args.out if there
     is one. Returns the history, a record of each epoch: the means of what training_step returns
@@ -688,7 +688,7 @@ def save_epoch(args, state, images, history):
     norm = nn.utils.get_total_norm(state["model"].parameters())
     if not (math.isfinite(terms["loss"]) and norm.isfinite()):
         raise UserError(
-            f"the loss is not finite in epoch {epoch}: try a smaller --lr; a checkpoint is kept"
+            f"the loss is not finite in epoch {epoch}, which is not saved: try less --lr"
         )
     lines = [json.dumps(record) + "\n" for record in history]
     save(Path(args.out, "metrics.jsonl"), "".join(lines).encode())

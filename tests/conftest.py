@@ -85,6 +85,15 @@ def error_of(monkeypatch, capsys):
     return error
 
 
+# What a run of simclr.py, of moco.py and of a relative of theirs leaves.
+RESULTS = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
+RESULTS |= {"untrained.pt", "views.png", "neighbors.png"}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
 def files(folder):
     return {path.name for path in folder.iterdir()} - {".lock"}
 
@@ -225,7 +234,7 @@ def assert_a_step_of_both_is_one_of_all(script, training_step, Model, args):
 
 def assert_same_in_both(path):
     """What train_and_keep has kept is equal in both processes."""
-    assert_same(*[torch.load(f"{path}-{rank}.pt", weights_only=True) for rank in range(2)])
+    assert_same(*[load(f"{path}-{rank}.pt") for rank in range(2)])
 
 
 # What follows is for the scripts whose tests have not been taken over to the functions above.

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    RESULTS,
     assert_a_step_of_both_is_one_of_all,
     assert_same,
     assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
+    load,
     records,
     spy,
     train_and_keep,
@@ -38,10 +40,6 @@ def words(data, out, *flags):
 
 def small_run(data, out, *flags):
     return moco.main(moco.parse_args(words(data, out, *flags)))
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def unit(*shape, dim=1, seed=0):
@@ -304,9 +302,6 @@ def test_version_1_falls_in_two_steps():
 # ==================================================================================================
 # The script
 # ==================================================================================================
-
-RESULTS = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-RESULTS |= {"untrained.pt", "views.png", "neighbors.png"}
 
 
 def test_a_run_leaves_its_files(tiny_shapes, tmp_path):

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    RESULTS,
     assert_a_step_of_both_is_one_of_all,
     assert_same,
     assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
+    load,
     records,
     spy,
     train_and_keep,
@@ -51,10 +53,6 @@ def small_run(data, out, *flags):
 
 def resumed(run, *flags):
     return simclr.main(simclr.parse_args(["--resume", str(run), *map(str, flags)]))
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -373,8 +371,6 @@ def test_fewer_than_ten_labels_can_be_monitored():
 # The script
 # ==================================================================================================
 
-RESULTS = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-RESULTS |= {"untrained.pt", "views.png", "neighbors.png"}
 KEYS = "method command args date device threads torch parameters images_per_second"
 KEYS += " most_frequent_class pretrain_seconds total_seconds history untrained trained"
 

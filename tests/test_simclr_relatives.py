@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    RESULTS,
     assert_a_step_of_both_is_one_of_all,
     assert_same,
     assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
+    load,
     spy,
     train_and_keep,
 )
@@ -40,8 +42,6 @@ RELATIVES = {
     "vicreg": vicreg,
 }
 ON_OTHERS = {"simmim", "colorization", "inpainting", "jigsaw", "relative_patch"}
-RESULTS = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-RESULTS |= {"untrained.pt", "views.png", "neighbors.png"}
 
 
 def parts(name):
@@ -327,7 +327,7 @@ def test_a_run_is_simclrs_with_what_is_handed_over(unbroken):
     assert summary["method"] == name
     assert summary["command"].startswith(f"python relatives/{name}.py --dataset ")
     assert {"knn", "linear_probe"} <= summary["untrained"].keys() & summary["trained"].keys()
-    state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    state = load(run / "checkpoint.pt")["model"]
     assert state.keys() == MODELS[name](arguments(name)).state_dict().keys()
 
 
@@ -348,7 +348,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(unbroken, tiny_shapes, tmp_path, 
     with killed_at(simclr, "spread", 5):  # of three steps an epoch: a checkpoint is there
         simclr.main(arguments(name, *words(tiny_shapes, run)), **parts(name))
     simclr.main(arguments(name, "--resume", run), **parts(name))
-    states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, run)]
+    states = [load(f / "checkpoint.pt")["model"] for f in (folder, run)]
     assert_same(*states)
     assert f"relatives/{name}.py on {tiny_shapes}: 96 images" in capsys.readouterr().out
 

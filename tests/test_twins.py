@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PLAIN = "simclr.py", "moco.py"  # the scripts in the form of DESIGN.md; the others are to follow
 PACKED = "rotnet.py", "dino.py", "mae.py", "clip.py"
 # What each script has in its own way: all of it stands above the ruled line.
-OWN = {"Args", "two_views", "training_step", "make_optimizer", "evaluate", "main"}
+OWN = {"Args", "two_views", "gather", "training_step", "make_optimizer", "evaluate", "main"}
 OWN |= {"VisionTransformer", "pretrain", "fine_tune"}  # in those that are to follow
 CONSTANTS = {"RANK", "WORLD", "ENCODERS", "SWITCH", "RAW"}  # the others are recipes
 

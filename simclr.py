@@ -319,9 +319,9 @@ def linear_probe(train, train_labels, test, test_labels):
 def monitor(encoder, data):
     """While training: kNN on a tenth of the training labels, from the others. Recipes are chosen by
     it, since the test images are kept for the end."""
-    if not data.classes:
-        return {}
     y = data.train_labels
+    if len(y) < 2:
+        return {}
     h = features(encoder, data.train_images[: len(y)])
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
     held_out, others = order.tensor_split([max(1, len(y) // 10)])
@@ -395,7 +395,57 @@ def semi_supervised(encoder, data, rows, args):
     return row
 
 
+# === Figures ======================================================================================
+def nearest(h, queries, k=6):
+    """Row numbers (Q, k) of those h (M, D) that have the highest cosine with queries (Q, D)."""
+    cosines = F.normalize(queries, dim=1) @ F.normalize(h, dim=1).T
+    return cosines.topk(min(k, len(h))).indices.cpu()
+
+
+def save_views(path, images, args):
+    """Some images, uint8 (R, 3, S, S), and four pairs of views of each, as in a training step."""
+    generator = torch.Generator(images.device).manual_seed(args.seed)
+    blocks = {"image": images[:, None] / 255}
+    for i in range(1, 5):
+        views = two_views(images, args, generator)
+        blocks[f"pair {i}"] = views.unflatten(0, (2, -1)).transpose(0, 1)
+    save_sheet(path, blocks)
+
+
+def save_neighbors(path, data, before, after):
+    """The test images data.examples(), and the training images nearest to each before and after
+    training, row numbers (R, 6). Green frames are of the same class, red ones of another."""
+    red = torch.tensor([0.9, 0.1, 0.1])
+    green = torch.tensor([0.1, 0.7, 0.2])
+    white = torch.ones(1, 1, 3)
+
+    def framed(images, rows, color):  # (M, 3, S, S), (R, C), (R, C, 3) -> (R, C, 3, S + 4, S + 4)
+        images = images[rows.to(images.device)].cpu() / 255
+        tiles = F.pad(images, (2, 2, 2, 2), value=-1)
+        return torch.where(tiles < 0, color[..., None, None], tiles)
+
+    queries = data.examples().cpu()[:, None]
+    blocks = {"test image": framed(data.test_images, queries, white)}
+    for title, rows in {"nearest before training": before, "nearest after training": after}.items():
+        color = white
+        if data.classes:
+            same = data.train_labels.cpu()[rows] == data.test_labels.cpu()[queries]
+            color = torch.where(same[..., None], green, red)
+        blocks[title] = framed(data.train_images, rows, color)
+    save_sheet(path, blocks)
+
+
 # === The whole run ================================================================================
+def fit_batch_size(args, M):
+    """At most all M images, unless a number was typed; the same share for every process."""
+    use_recipe(args, {"batch_size": min(args.batch_size, M // WORLD * WORLD)})
+    N = args.batch_size
+    if not 2 <= N <= M:
+        raise UserError(f"--batch-size {N}: must be from 2 to {M}, the number of images")
+    if N % WORLD:
+        raise UserError(f"--batch-size {N}: must be a multiple of {WORLD}, the number of processes")
+
+
 def main(args, Model=SimCLR, training_step=training_step):
     """Measures the encoder, pretrains it without labels, measures it again. Returns the content of
     summary.json."""
@@ -405,12 +455,7 @@ def main(args, Model=SimCLR, training_step=training_step):
     M, _, S, _ = data.train_images.shape
     if S > 64:
         use_recipe(args, LARGE_IMAGES)
-    use_recipe(args, {"batch_size": min(args.batch_size, M // WORLD * WORLD)})  # at most all images
-    N = args.batch_size
-    if not 2 <= N <= M:
-        raise UserError(f"--batch-size {N}: must be from 2 to {M}, the number of images")
-    if N % WORLD:
-        raise UserError(f"--batch-size {N}: must be a multiple of {WORLD}, the number of processes")
+    fit_batch_size(args, M)
     subsets = [common.labelled_rows(data.train_labels, amount, args.seed) for amount in args.labels]
 
     torch.manual_seed(args.seed)
@@ -447,7 +492,7 @@ def main(args, Model=SimCLR, training_step=training_step):
     return summary
 
 
-# === Nothing below is about SimCLR: moco.py has it as well, word for word =========================
+# === Nothing below is about SimCLR: moco, mae and rotnet have it as well, word for word ===========
 def pretrain(model, images, args, training_step, monitor):
     """Trains on uint8 images (M, 3, S, S), without labels, from the checkpoint in args.out if there
     is one. Returns the history, a record of each epoch: the means of what training_step returns
@@ -557,14 +602,15 @@ def load_data(args, device):
 
 
 def load_weights(encoder, args):
-    """Puts the weights of --init into the encoder. torchvision's classifier is left out; any other
-    name or shape has to fit."""
+    """Puts the weights of --init into the encoder. The classifiers of torchvision's files and of
+    timm's are left out; any other name or shape has to fit."""
     begun = Path(args.out, "checkpoint.pt").exists()  # and holds the weights of a resumed run
     if begun or not args.init:
         return
     try:
         weights = torch.load(args.init, map_location="cpu", weights_only=True)
-        kept = {name: x for name, x in weights.items() if not name.startswith("fc.")}
+        weights = weights.get("model", weights)  # so the authors of MAE wrap theirs
+        kept = {name: x for name, x in weights.items() if not name.startswith(("fc.", "head."))}
         encoder.load_state_dict(kept)
     except Exception as error:  # no such file, no weights, or those of another network
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
@@ -740,12 +786,6 @@ def describe(args, data, device, encoder, history, start):
     return content
 
 
-def nearest(h, queries, k=6):
-    """Row numbers (Q, k) of those h (M, D) that have the highest cosine with queries (Q, D)."""
-    cosines = F.normalize(queries, dim=1) @ F.normalize(h, dim=1).T
-    return cosines.topk(min(k, len(h))).indices.cpu()
-
-
 def save_sheet(path, blocks):
     """{title: images, float (R, C, 3, S, S) in [0, 1]}, side by side in tiles of some 64 pixels."""
     sheets = []
@@ -762,39 +802,6 @@ def save_sheet(path, blocks):
     file = io.BytesIO()
     torchvision.utils.save_image(torch.cat(sheets, dim=2), file, format="png")
     save(path, file.getvalue())
-
-
-def save_views(path, images, args):
-    """Some images, uint8 (R, 3, S, S), and four pairs of views of each, as in a training step."""
-    generator = torch.Generator(images.device).manual_seed(args.seed)
-    blocks = {"image": images[:, None] / 255}
-    for i in range(1, 5):
-        views = two_views(images, args, generator)
-        blocks[f"pair {i}"] = views.unflatten(0, (2, -1)).transpose(0, 1)
-    save_sheet(path, blocks)
-
-
-def save_neighbors(path, data, before, after):
-    """The test images data.examples(), and the training images nearest to each before and after
-    training, row numbers (R, 6). Green frames are of the same class, red ones of another."""
-    red = torch.tensor([0.9, 0.1, 0.1])
-    green = torch.tensor([0.1, 0.7, 0.2])
-    white = torch.ones(1, 1, 3)
-
-    def framed(images, rows, color):  # (M, 3, S, S), (R, C), (R, C, 3) -> (R, C, 3, S + 4, S + 4)
-        images = images[rows.to(images.device)].cpu() / 255
-        tiles = F.pad(images, (2, 2, 2, 2), value=-1)
-        return torch.where(tiles < 0, color[..., None, None], tiles)
-
-    queries = data.examples().cpu()[:, None]
-    blocks = {"test image": framed(data.test_images, queries, white)}
-    for title, rows in {"nearest before training": before, "nearest after training": after}.items():
-        color = white
-        if data.classes:
-            same = data.train_labels.cpu()[rows] == data.test_labels.cpu()[queries]
-            color = torch.where(same[..., None], green, red)
-        blocks[title] = framed(data.train_images, rows, color)
-    save_sheet(path, blocks)
 
 
 def use_recipe(args, recipe):

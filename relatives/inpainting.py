@@ -1,20 +1,27 @@
-"""Inpainting is RotNet with another question: what is missing from this image, where a square of it was cut out?
+"""Inpainting is RotNet with another question: what was in this square that was cut from the image?
 
-A decoder on top of the encoder paints the image, and is right where it equals what was cut out. To continue a thing
-into the hole, the encoder has to know what it is. The mean squared error is least for the mean of all that could be
-there, which is a blur. So a second network, the discriminator, learns to tell painted images from real ones, and the
-first has to paint what it takes for real. Later MAE cuts out more, needs no adversary, and lets its encoder skip holes.
+A decoder on top of the encoder fills the hole and is scored against what was cut out. To continue
+a thing into the hole, the encoder has to know what it is. The mean squared error is least for the
+mean of all that could be there, which is a blur. So a second network, the discriminator, learns to
+tell filled images from real ones, and the first has to produce what the second accepts as real.
+Later, MAE removes more, needs no adversary, and does not compute what is missing in its encoder.
 
-    Pathak, Krahenbuhl, Donahue, Darrell, Efros: Context Encoders: Feature Learning by Inpainting, CVPR 2016.
-    The losses of the lecture: F is encoder and decoder, D(x) the probability that x is real, M the hole (1 inside it):
+    Pathak, Krahenbuhl, Donahue, Darrell, Efros: Context Encoders: Feature Learning by Inpainting,
+    CVPR 2016. F is encoder and decoder, M the mask (1 in the hole), and x' the image with its hole
+    filled, M * F((1 - M) * x) + (1 - M) * x; D(x) is the probability that x is real:
 
-    L_reconstruction = |M * (x - F((1 - M) * x))|^2                        divided by the numbers in the hole
-    L_adversarial = max_D E[log D(x) + log(1 - D(F((1 - M) * x)))]
+    L_reconstruction = |M * (x - F((1 - M) * x))|^2         divided by the number of values in it
+    L_adversarial = max_D E[log D(x) + log(1 - D(x'))]
     L = L_reconstruction + 0.001 L_adversarial
 
-    python relatives/inpainting.py --dataset cifar10 --compile              the flags are rotnet.py's, and one more
-    python relatives/inpainting.py --adversarial 0                          without an adversary
-Unlike the paper: holes anywhere, which it found better than the center; feature maps, not vectors, in the middle.
+As usual for GANs, F maximizes log D(x') where the formula has it minimize log(1 - D(x')): it wants
+the same, and still has a gradient where D is sure (Goodfellow et al. 2014).
+
+    python relatives/inpainting.py --dataset cifar10 --compile     rotnet.py's flags, and one more
+    python relatives/inpainting.py --adversarial 0                 without an adversary
+
+Unlike the paper: holes anywhere, which it found better than the center; feature maps, not vectors,
+in the middle; one optimizer, with the same learning rate for F and D.
 """
 
 import dataclasses
@@ -23,8 +30,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
@@ -33,84 +40,98 @@ import rotnet
 
 @dataclasses.dataclass
 class Args(rotnet.Args):
+    script: str = "relatives/inpainting.py"
     adversarial: float = rotnet.flag(1e-3, "weight of the adversarial loss; paper: 0.001", 0)
-    command: str = rotnet.Args.command.replace("rotnet", "relatives/inpainting")
-
-
-class Opposed(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by -weight: the discriminator on top minimizes what the painter below
-    maximizes, in one step of one optimizer (Ganin and Lempitsky 2015)."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return -ctx.weight * gradient, None
 
 
 def conv(c_in, c_out, layer=nn.Conv2d):
     """Halves the side, or doubles it if the layer is transposed."""
-    return nn.Sequential(layer(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2))
+    conv = layer(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2))
 
 
 class ContextEncoder(nn.Module):
-    """Images and masks of holes, (B, 3, S, S) and (B, 1, S, S) -> painted images (B, 3, S, S), and the discriminator's
-    logits of real and of painted images (2 B, 1)."""
+    """Images (B, 3, S, S) and masks of holes (B, 1, S, S) -> images with the hole filled
+    (B, 3, S, S), and the discriminator's logits (B, 1) each: of real images and of filled ones,
+    with a gradient to the discriminator only, and of filled ones, with one to the painter only."""
 
     def __init__(self, args):
         super().__init__()
-        self.encoder, D = rotnet.build_nin(args.encoder)
-        self.adversarial = args.adversarial
-        up = [conv(D, D, nn.ConvTranspose2d) for _ in range(2 if args.encoder == "small" else 1)]
-        self.decoder = nn.Sequential(*up, nn.ConvTranspose2d(D, 3, 4, 2, 1))
-        layers = [conv(3, 32), conv(32, 64), conv(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1)]
-        self.discriminator = nn.Sequential(*layers)
+        encoder, D = rotnet.build_nin(args.encoder)
+        rotnet.load_weights(encoder, args)
+        self.encoder = encoder
+        stages = 2 if args.encoder == "small" else 1
+        up = [conv(D, D, nn.ConvTranspose2d) for _ in range(stages)]
+        self.decoder = nn.Sequential(*up, nn.ConvTranspose2d(D, 3, 4, stride=2, padding=1))
+        self.discriminator = nn.Sequential(
+            conv(3, 32),
+            conv(32, 64),
+            conv(64, 128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(128, 1),
+        )
 
     def forward(self, x, mask):
         painted = self.decoder(self.encoder((1 - mask) * x))[:, :, : x.shape[2], : x.shape[3]]
-        return painted, self.discriminator(torch.cat([x, Opposed.apply(painted, self.adversarial)]))
+        filled = mask * painted + (1 - mask) * x
+        real, fake = self.discriminator(torch.cat([x, filled.detach()])).chunk(2)
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        _, judged = functional_call(self.discriminator, frozen, torch.cat([x, filled])).chunk(2)
+        return filled, real, fake, judged
 
 
 def random_hole(images, generator):
-    """Images (N, 3, S, S) -> masks (N, 1, S, S), 1 in a square of half the side, at a random place."""
+    """Images (N, 3, S, S) -> masks (N, 1, S, S), 1 in a square of half the side, anywhere."""
     N, _, S, _ = images.shape
-    side, line = S // 2, torch.arange(S, device=images.device)
+    side = S // 2
+    line = torch.arange(S, device=images.device)
     first = common.uniform(0, S - side + 1, (2, N, 1), generator).floor()  # of rows and columns
     rows, columns = (line >= first) & (line < first + side)  # (N, S) each
     return (rows[:, None, :, None] & columns[:, None, None, :]).float()
 
 
-def training_step(network, images, args, generator):
-    """Images, uint8 (N, 3, S, S) -> scalars: loss of both networks, the mean squared error in the hole, in normalized
-    images, and the lecture's E[...], which the discriminator maximizes; it is -2 log 2 = -1.39 if it cannot tell."""
+def total_variation(images, mask):
+    """Absolute differences of neighboring pixels that both lie in the mask, summed -> scalar."""
+    down = images.diff(dim=2).abs() * mask[:, :, 1:] * mask[:, :, :-1]
+    right = images.diff(dim=3).abs() * mask[..., 1:] * mask[..., :-1]
+    return down.sum() + right.sum()
+
+
+def inpainting_loss(network, images, args, generator):
+    """Uint8 images (N, 3, S, S) -> scalars: the loss of both networks; the mean squared error in
+    the hole, in normalized images; E[...] of the formula, -2 log 2 = -1.39 if the discriminator
+    cannot tell; and sharpness, the total variation in the hole over that of the real image."""
     x = common.normalize(rotnet.shifted(images, args, generator))
     mask = random_hole(x, generator)
     with rotnet.autocast(x.device):
-        painted, logits = network(x, mask)
-    reconstruction = (mask * (x - painted.float())).square().sum() / (3 * mask.sum())
-    real, fake = logits.float().chunk(2)
-    adversarial = (F.logsigmoid(real) + F.logsigmoid(-fake)).mean()
-    return {"loss": reconstruction - adversarial, "reconstruction": reconstruction, "adversarial": adversarial}
+        filled, real, fake, judged = network(x, mask)
+    filled = filled.float()
+    reconstruction = (x - filled).square().sum() / (3 * mask.sum())  # outside it x - filled is 0
+    adversarial = (F.logsigmoid(real.float()) + F.logsigmoid(-fake.float())).mean()
+    fooled = F.logsigmoid(judged.float()).mean()
+    return {
+        "loss": reconstruction - args.adversarial * fooled - adversarial,
+        "reconstruction": reconstruction,
+        "adversarial": adversarial,
+        "sharpness": total_variation(filled.detach(), mask) / total_variation(x, mask),
+    }
 
 
-@torch.no_grad()
-def save_answers(folder, model, data, args):
-    """painted.png: ten test images with a hole, with what the network painted there, and as they are."""
-    device = next(model.eval().parameters()).device
-    images, generator = data.test_images[:10].to(device) / 255, torch.Generator(device).manual_seed(args.seed)
-    mask = random_hole(images, generator)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (common.MEAN, common.STD))
-    painted = model(common.normalize(images), mask)[0] * std + mean
-    rows = [images.lerp(torch.full_like(images, 0.5), mask), images.lerp(painted.clamp(0, 1), mask), images]
-    if rotnet.RANK == 0:
-        sheet = F.interpolate(torch.cat(rows), scale_factor=max(1, round(96 / images.shape[3])))
-        torchvision.utils.save_image(sheet, folder / "painted.png", nrow=len(images), padding=4, pad_value=1.0)
+def save_painted(folder, model, images, args):
+    """painted.png: images with a hole, with the hole filled, and as they are."""
+    generator = torch.Generator(images.device).manual_seed(args.seed)
+    x = images / 255
+    mask = random_hole(x, generator)
+    filled = model(common.normalize(x), mask)[0]
+    mean = torch.tensor(common.MEAN, device=x.device)[:, None, None]
+    std = torch.tensor(common.STD, device=x.device)[:, None, None]
+    hole = x.lerp(torch.full_like(x, 0.5), mask)
+    title = "test images with a hole, with the hole filled, and as they are"
+    sheet = torch.stack([hole, (filled * std + mean).clamp(0, 1), x])
+    rotnet.save_sheet(folder / "painted.png", {title: sheet})
 
 
-if __name__ == "__main__":  # rotnet.py, with these names in place of its own
-    vars(rotnet).update(METHOD="inpainting", __doc__=__doc__, Args=Args, build_rotnet=ContextEncoder)
-    vars(rotnet).update(training_step=training_step, save_answers=save_answers)
-    rotnet.run()
+if __name__ == "__main__":
+    parts = {"pretext_loss": inpainting_loss, "save_predictions": save_painted}
+    rotnet.run(Args, __doc__, Model=ContextEncoder, **parts)

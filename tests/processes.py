@@ -6,25 +6,20 @@ the whole batch, in double precision, and then train with its command lines, one
 
 import copy
 import dataclasses
-import importlib
 import io
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip  # noqa: E402
 import common  # noqa: E402
 import dino  # noqa: E402
-import mae  # noqa: E402
-import rotnet  # noqa: E402
-from rotnet import RANK, WORLD  # noqa: E402
+from dino import RANK, WORLD  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 
@@ -39,18 +34,6 @@ def parameters_after_a_step(network, loss):
 def compare(name, one, several):
     error = (one - several).abs().max().item() / one.abs().max().item()
     (FOLDER / f"{name}-{RANK}.txt").write_text(str(error))
-
-
-def rotnet_gradients():
-    torch.manual_seed(0)
-    model = rotnet.build_rotnet(rotnet.parse_args([])).double().eval()  # batch norm is not synchronized on CPUs
-    alone, network = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
-    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-    x, labels = rotnet.rotate_batch(images[RANK::WORLD])
-    loss = F.cross_entropy(network(x), labels)
-    x, labels = rotnet.rotate_batch(images)
-    whole = F.cross_entropy(alone(x), labels)
-    compare("rotnet-gradient", parameters_after_a_step(alone, whole), parameters_after_a_step(network, loss))
 
 
 def clip_gradients():
@@ -90,27 +73,6 @@ def dino_gradients():
     compare("dino-gradient", parameters_after_a_step(alone.student, whole), parameters_after_a_step(student, part))
 
 
-def mae_gradients():
-    torch.manual_seed(0)
-    model = mae.MaskedAutoencoder(16, 4, 32, 2, 2, 32, 1, 1).double()
-    alone, network = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
-    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-    noise = torch.rand(6, 16, generator=torch.Generator().manual_seed(2))
-
-    def loss(network, rows):
-        prediction, mask = network(images[rows], 0.75, noise[rows])
-        return mae.reconstruction_loss(prediction, mae.patch_targets(images[rows], 4, "norm-pixel"), mask)
-
-    whole, part = loss(alone, torch.arange(6)), loss(network, torch.arange(6)[RANK::WORLD])
-    compare("mae-gradient", *(gradients(model, value) for model, value in ((alone, whole), (network, part))))
-
-
-def gradients(network, loss):
-    """Of all parameters that are trained, as one vector."""
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
-
-
 def train(script, run):
     """What run() trains with the script -> its model, but for what differs between processes: batch norm's running
     statistics."""
@@ -121,32 +83,19 @@ def train(script, run):
     return {k: v for k, v in models[0].state_dict().items() if "running" not in k and "num_batches" not in k}
 
 
-def train_relative(name, parent, words):
-    """A relative as the command line runs it, on a parent of its own."""
-    sys.argv = [name, *words]
-    sys.modules.pop(parent)
-    path = str(Path(__file__).parent.parent / f"relatives/{name}.py")
-    return train(importlib.import_module(parent), lambda: runpy.run_path(path, run_name="__main__"))
-
-
 if __name__ == "__main__":
-    rotnet.pick_device("cpu")  # the processes meet
-    rotnet_gradients()
+    dino.pick_device("cpu")  # the processes meet
     clip_gradients()
     dino_gradients()
-    mae_gradients()
     data, few = common.shapes_dataset(), {}
     for split, count in (("train", 120), ("test", 40)):
         for part in ("images", "labels", "captions", "colors"):
             few[f"{split}_{part}"] = getattr(data, f"{split}_{part}")[:count]
     common.shapes_dataset = lambda: dataclasses.replace(data, **few)
-    scripts = {"rotnet": rotnet, "clip": clip, "dino": dino, "mae": mae}
+    scripts = {"clip": clip, "dino": dino}
     sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # of process 1, which prints nothing
-    for name, (parent, *commands) in json.loads((FOLDER / "commands.json").read_text()).items():
+    for name, commands in json.loads((FOLDER / "commands.json").read_text()).items():
         for words in commands:
-            if parent:
-                state = train_relative(name, parent, words)
-            else:
-                state = train(scripts[name], lambda: scripts[name].main(scripts[name].parse_args(words)))  # noqa: B023
+            state = train(scripts[name], lambda: scripts[name].main(scripts[name].parse_args(words)))  # noqa: B023
         torch.save(state, FOLDER / f"{name}-{RANK}.pt")
     dist.destroy_process_group()

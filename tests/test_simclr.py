@@ -1186,7 +1186,7 @@ def test_a_run_begins_with_torchvisions_weights(tmp_path):
         ("classifier", "does not fit --encoder small: Error(s) in loading state_dict for ResNet"),
         ("resnet18", 'Unexpected key(s) in state_dict: "layer1.1.conv1.weight"'),
         ("stem", "size mismatch for conv1.weight: copying a param with shape torch.Size([64, 3, 3"),
-        ("list", "does not fit --encoder small: 'list' object has no attribute 'items'"),
+        ("list", "does not fit --encoder small: 'list' object has no attribute 'get'"),
         ("text", "does not fit --encoder small: "),
     ],
 )

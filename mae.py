@@ -88,24 +88,24 @@ class Args:
     dataset: str = flag("shapes", "shapes, cifar10, cifar100, stl10, an .npz file, an image folder")
     data_dir: str = flag("data", "folder for downloads and decoded images", resume=True)
     image_size: int = flag(96, "side of a folder's images; largest side in an .npz file", 8, 512)
-    encoder: str = flag("vit_tiny", "paper: vit_base and vit_large", choices=tuple(ENCODERS))
+    encoder: str = flag("vit_tiny", "the encoder; paper: vit_base, vit_large", choices=ENCODERS)
     init: str = flag("", "weights to begin with: an encoder.pt, or the authors' for --encoder")
     patch_size: int = flag(4, "side of a patch; 2 leaves little in it to predict; paper: 16", 1, 64)
     mask_ratio: float = flag(0.75, "fraction of masked patches; paper: 0.75", 0.01, 0.99)
     decoder_depth: int = flag(4, "blocks of the decoder; paper: 8", 1, 32)
     decoder_dim: int = flag(192, "width of the decoder, a head for every 32; paper: 512", 4, 4096)
-    target: str = flag("norm-pixel", "norm-: standardized in each patch", choices=TARGETS)
+    target: str = flag("norm-pixel", "pixels, or these standardized per patch", choices=TARGETS)
     crop: float = flag(0.2, "smallest crop, as a fraction of an image's area; paper: 0.2", 0.01, 1)
     epochs: int = flag(250, "passes over the images; paper: 800 and 1600", 0)
     batch_size: int = flag(1024, "images per step, over all GPUs; paper: 4096", 2)
     lr: float = flag(3e-4, "peak learning rate for 256 images per step; paper: 1.5e-4", 0)
     weight_decay: float = flag(0.05, "weight decay, but of matrices only; paper: 0.05", 0)
     warmup: float = flag(0.05, "fraction of the steps with linear warmup; paper: 0.05", 0, 0.9)
-    fine_tune: bool = flag(False, "fine-tune with all labels, and train from scratch", resume=True)
-    fine_tune_epochs: int = flag(100, "passes over the labels; paper: 100", 1, resume=True)
-    fine_tune_lr: float = flag(1e-3, "its rate for 256 images; paper: 1e-3", 0, resume=True)
+    fine_tune: bool = flag(False, "fine-tune with all labels; and from scratch", resume=True)
+    fine_tune_epochs: int = flag(100, "passes over the labels in both; paper: 100", 1, resume=True)
+    fine_tune_lr: float = flag(1e-3, "learning rate in both; paper: 1e-3", 0, resume=True)
     layer_decay: float = flag(
-        0.75, "fine-tuning: a block's rate over that of the next; paper: 0.75", 0.01, 1, resume=True
+        0.75, "fine-tuning: a block's rate over the next one's; paper: 0.75", 0.01, 1, resume=True
     )
     eval_every: int = flag(10, "epochs between two kNN measurements on held-out training labels", 1)
     seed: int = flag(0, "seed of weights, batches, masks and crops", 0, 2**31)
@@ -125,7 +125,7 @@ SMALL = dict(
 SHAPES = SMALL | dict(
     encoder="small", epochs=14, batch_size=32, lr=1.2e-2, crop=0.5, fine_tune_lr=8e-3, eval_every=14
 )
-# Above 64 pixels.
+# Above 64 pixels, without --encoder small.
 LARGE_IMAGES = dict(encoder="vit_small", patch_size=8, decoder_dim=256)
 
 

@@ -3,11 +3,11 @@ to know which way up that belongs.
 
 Every image is rotated by 0, 90, 180 and 270 degrees, and the network classifies the four copies:
 labels come for free. Multiples of 90 degrees need no interpolation, which would leave traces, so
-that only the content reveals the rotation. Images without an upright, from microscopes or from
-satellites for example, have no rotation to predict: accuracy stays near 25 %, and little is
-learned. Where SimCLR's features learn to ignore what its augmentations change, these have to keep
-it. Downstream tasks use the feature maps of an early block, since the last ones specialize in
-rotations.
+only the content reveals the rotation. Images without an upright, from microscopes or satellites for
+example, have no rotation to predict: accuracy stays near 25 %, and little is learned. Contrastive
+views teach a network to ignore what the augmentations change; here it has to keep what the
+transformation changes. Downstream tasks use the feature maps of an early block, since the last ones
+specialize in rotations.
 
     Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations,
     ICLR 2018. Equations 1 and 2 of the paper; g(x | y) is image x after y quarter turns, and F^y

@@ -35,7 +35,7 @@ from common import UserError
 class Args(mae.Args):
     script: str = "relatives/simmim.py"
     mask_ratio: float = mae.flag(0.6, "fraction of masked blocks; paper: 0.6", 0.01, 0.99)
-    target: str = mae.flag("pixel", "norm-: standardized in each patch", choices=mae.TARGETS)
+    target: str = mae.flag("pixel", "pixels, or these standardized per patch", choices=mae.TARGETS)
     decoder_depth: ClassVar = None  # class variables are no flags: there is no decoder
     decoder_dim: ClassVar = None
 

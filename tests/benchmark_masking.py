@@ -34,19 +34,11 @@ def trainer(kind, args, images, device):
     model = build(kind, args, S).to(device).train()
     if args.compile:
         model.compile()
-    optimizer, _ = mae.make_optimizer(model, args.lr * N / 256, (0.9, 0.95), args, 1)
+    update, _ = mae.make_update(model, args, N, 1)
     generator = torch.Generator(device).manual_seed(0)
 
     def step():
-        x = common.normalize(mae.augmented(images, args, generator))
-        noise = common.uniform(0, 1, (N, (S // args.patch_size) ** 2), generator)
-        with mae.autocast(device):
-            prediction, mask = model(x, args.mask_ratio, noise)
-        targets = mae.patch_targets(x, args.patch_size, args.target)
-        loss = mae.reconstruction_loss(prediction.float(), targets, mask.float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        mae.training_step(model, images, args, generator, 0.0, update)
         return N
 
     return step

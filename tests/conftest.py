@@ -155,6 +155,16 @@ def killed_at(module, name, call):
         yield
 
 
+def assert_ended_alike(run, unbroken, *keys):
+    """Two runs have the same log and weights, and the same under these keys of the summary."""
+    assert records(run) == records(unbroken)
+    assert_same(*[load(folder / "checkpoint.pt")["model"] for folder in (run, unbroken)])
+    assert_same(*[load(folder / "encoder.pt") for folder in (run, unbroken)])
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, unbroken)]
+    for key in keys:
+        assert summaries[0][key] == summaries[1][key]
+
+
 # ==================================================================================================
 # Two processes
 # ==================================================================================================
@@ -233,9 +243,32 @@ def assert_a_step_of_both_is_one_of_all(script, training_step, Model, args):
     assert (part - whole).norm() < 1e-4 * whole.norm()
 
 
+def train_and_resume(script, flags, folder, name):
+    """In each of two processes: a run of two epochs of three steps; and the same once more, killed
+    in the second epoch, at the fifth call of script.name, and resumed."""
+    args = script.parse_args([*flags, "--device", "cpu", "--out", f"{folder}/run"])
+    train_and_keep(f"{folder}/unbroken", script, args)
+    args = script.parse_args([*flags, "--device", "cpu", "--out", f"{folder}/broken"])
+    with killed_at(script, name, 5):
+        script.main(args)
+    args = script.parse_args(["--resume", f"{folder}/broken"])
+    train_and_keep(f"{folder}/resumed", script, args)
+
+
 def assert_same_in_both(path):
     """What train_and_keep has kept is equal in both processes."""
     assert_same(*[load(f"{path}-{rank}.pt") for rank in range(2)])
+
+
+def assert_resumed_in_both(folder, printed):
+    """What train_and_resume has left in the folder, and what the two processes have printed."""
+    first, second = printed
+    assert second == ""
+    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
+    for name in ("unbroken", "resumed"):
+        assert_same_in_both(folder / name)
+    assert_same(load(folder / "unbroken-0.pt"), load(folder / "resumed-0.pt"))
+    assert records(folder / "run") == records(folder / "broken")
 
 
 # What follows is for the scripts whose tests have not been taken over to the functions above.

@@ -13,14 +13,16 @@ import torch
 import torchvision
 from conftest import (
     FILES,
+    assert_ended_alike,
+    assert_resumed_in_both,
     assert_same,
     assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
     load,
-    records,
     train_and_keep,
+    train_and_resume,
 )
 from PIL import Image
 from torch import nn
@@ -508,12 +510,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, 
         small_run(tiny_shapes, run)
     assert not (run / "summary.json").exists()
     resumed(run)
-    assert records(run) == records(unbroken)
-    assert_same(load(run / "checkpoint.pt")["model"], load(unbroken / "checkpoint.pt")["model"])
-    summary = json.loads((run / "summary.json").read_text())
-    expected = json.loads((unbroken / "summary.json").read_text())
-    for key in ("untrained", "trained"):
-        assert summary[key] == expected[key]
+    assert_ended_alike(run, unbroken, "untrained", "trained")
 
 
 def fine_tuned(monkeypatch):
@@ -761,26 +758,15 @@ def both_compute_gradients():
 
 
 def both_train(data, folder):
-    """A run, the same once more from its first checkpoint on, and one of simmim.py."""
     both_compute_gradients()
-    flags = words(data, f"{folder}/run", "--device", "cpu")
-    train_and_keep(f"{folder}/unbroken", mae, mae.parse_args(flags))
-    args = mae.parse_args([*flags, "--out", f"{folder}/broken"])
-    with killed_at(mae, "training_step", 5):
-        mae.main(args)
-    train_and_keep(f"{folder}/resumed", mae, mae.parse_args(["--resume", f"{folder}/broken"]))
+    train_and_resume(mae, words(data, folder), folder, "training_step")
     flags = words(data, f"{folder}/run-simmim", "--device", "cpu", "--epochs", 1)
     train_and_keep(f"{folder}/simmim", mae, simmim_args(*flags), **PARTS)
 
 
 def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
-    first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
-    assert second == ""
-    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
-    for name in ("unbroken", "resumed", "simmim"):
-        assert_same_in_both(tmp_path / name)
-    states = [load(tmp_path / f"{name}-0.pt") for name in ("unbroken", "resumed")]
-    assert states[0].keys() >= {"mask_token", "encoder.cls_token"}
-    assert_same(*states)
-    assert records(tmp_path / "run") == records(tmp_path / "broken")
-    assert first.count("relatives/simmim.py on") == 1
+    printed = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert_resumed_in_both(tmp_path, printed)
+    assert load(tmp_path / "unbroken-0.pt").keys() >= {"mask_token", "encoder.cls_token"}
+    assert_same_in_both(tmp_path / "simmim")
+    assert printed[0].count("relatives/simmim.py on") == 1

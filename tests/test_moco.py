@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +11,15 @@ import torchvision
 from conftest import (
     RESULTS,
     assert_a_step_of_both_is_one_of_all,
+    assert_resumed_in_both,
     assert_same,
-    assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
     load,
     records,
     spy,
-    train_and_keep,
+    train_and_resume,
 )
 from torch import nn
 
@@ -457,27 +456,15 @@ def both_compute_gradients():
 
 
 def both_train(data, folder):
-    """A run, and the same once more from its first checkpoint on."""
     both_compute_gradients()
     args = moco.parse_args(["--bn-groups", "2", "--queue-size", "20"])
     assert_a_step_of_both_is_one_of_all(moco, moco.training_step, moco.MoCo, args)
-    flags = words(data, f"{folder}/run", "--device", "cpu")
-    train_and_keep(f"{folder}/unbroken", moco, moco.parse_args(flags))
-    with killed_at(moco, "info_nce", 5):
-        moco.main(moco.parse_args([*flags, "--out", f"{folder}/broken"]))
-    args = moco.parse_args(["--resume", f"{folder}/broken"])
-    train_and_keep(f"{folder}/resumed", moco, args)
+    train_and_resume(moco, words(data, folder), folder, "info_nce")
 
 
 def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
-    first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
-    assert second == ""
-    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
-    for name in ("unbroken", "resumed"):
-        assert_same_in_both(tmp_path / name)
-    states = [load(tmp_path / f"{name}-0.pt") for name in ("unbroken", "resumed")]
-    assert "queue" in states[0]
-    assert_same(*states)
-    assert records(tmp_path / "run") == records(tmp_path / "broken")
+    printed = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert_resumed_in_both(tmp_path, printed)
+    assert "queue" in load(tmp_path / "unbroken-0.pt")
     assert json.loads((tmp_path / "run/summary.json").read_text())["method"] == "moco"
-    assert Path(tmp_path / "run/encoder.pt").exists()
+    assert (tmp_path / "run/encoder.pt").exists()

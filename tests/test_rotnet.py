@@ -12,15 +12,15 @@ import torch.nn.functional as F
 import torchvision
 from conftest import (
     FILES,
+    assert_ended_alike,
+    assert_resumed_in_both,
     assert_same,
-    assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
     load,
-    records,
     spy,
-    train_and_keep,
+    train_and_resume,
 )
 from PIL import Image
 from torch import nn
@@ -354,12 +354,8 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, 
         small_run(tiny_shapes, run, "--labels", 0.5)
     assert not (run / "summary.json").exists()
     resumed(run)
-    assert records(run) == records(unbroken)
-    assert_same(load(run / "checkpoint.pt")["model"], load(unbroken / "checkpoint.pt")["model"])
-    summary = json.loads((run / "summary.json").read_text())
-    expected = json.loads((unbroken / "summary.json").read_text())
-    for key in ("blocks", "semi_supervised", "trained", "pretext_task"):
-        assert summary[key] == expected[key]
+    keys = "blocks", "semi_supervised", "trained", "pretext_task"
+    assert_ended_alike(run, unbroken, *keys)
 
 
 def test_a_finished_run_can_be_asked_about_few_labels(unbroken, tmp_path, monkeypatch):
@@ -463,23 +459,11 @@ def both_compute_gradients():
 
 
 def both_train(data, folder):
-    """A run, and the same once more from its first checkpoint on."""
     both_compute_gradients()
-    flags = words(data, f"{folder}/run", "--device", "cpu")
-    train_and_keep(f"{folder}/unbroken", rotnet, rotnet.parse_args(flags))
-    args = rotnet.parse_args([*flags, "--out", f"{folder}/broken"])
-    with killed_at(rotnet, "training_step", 5):
-        rotnet.main(args)
-    args = rotnet.parse_args(["--resume", f"{folder}/broken"])
-    train_and_keep(f"{folder}/resumed", rotnet, args)
+    train_and_resume(rotnet, words(data, folder), folder, "training_step")
 
 
 def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
-    first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
-    assert second == ""
-    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
-    for name in ("unbroken", "resumed"):
-        assert_same_in_both(tmp_path / name)
-    assert_same(load(tmp_path / "unbroken-0.pt"), load(tmp_path / "resumed-0.pt"))
-    assert records(tmp_path / "run") == records(tmp_path / "broken")
+    printed = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert_resumed_in_both(tmp_path, printed)
     assert files(tmp_path / "run") == RESULTS

@@ -20,21 +20,24 @@ import torchvision
 from conftest import (
     RESULTS,
     assert_a_step_of_both_is_one_of_all,
+    assert_ended_alike,
+    assert_resumed_in_both,
     assert_same,
-    assert_same_in_both,
     files,
     in_two_processes,
     killed_at,
     load,
     records,
     spy,
-    train_and_keep,
+    train_and_resume,
 )
 from PIL import Image
 from torch import nn
 
 import common
+import mae
 import moco
+import rotnet
 import simclr
 
 ROOT = Path(__file__).parent.parent
@@ -548,8 +551,9 @@ def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_help_stands_by_itself():
-    for name, field in simclr.flags_of(simclr.Args).items():
+@pytest.mark.parametrize("script", [simclr, moco, rotnet, mae])
+def test_every_help_stands_by_itself(script):
+    for name, field in simclr.flags_of(script.Args).items():
         phrase = field.metadata["help"].split(";")[0]
         assert not phrase.startswith(("of ", "from ", "to ", "paper"))
         assert len(phrase.split()) > 1, name
@@ -990,13 +994,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, 
         resumed(run)
     else:
         small_run(tiny_shapes, run)  # nothing to go on from
-    assert records(run) == records(unbroken)
-    assert_same(load(run / "checkpoint.pt")["model"], load(unbroken / "checkpoint.pt")["model"])
-    assert (run / "encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()
-    summary = json.loads((run / "summary.json").read_text())
-    expected = json.loads((unbroken / "summary.json").read_text())
-    for key in ("untrained", "trained"):
-        assert summary[key] == expected[key]
+    assert_ended_alike(run, unbroken, "untrained", "trained")
     assert files(run) - {f for f in files(run) if f.endswith("partial")} == files(unbroken)
 
 
@@ -1242,26 +1240,15 @@ def both_compute_gradients():
 
 
 def both_train(data, folder):
-    """A run, and the same once more from its first checkpoint on."""
     both_compute_gradients()
     args = simclr.parse_args([])
     assert_a_step_of_both_is_one_of_all(simclr, simclr.training_step, simclr.SimCLR, args)
-    flags = words(data, f"{folder}/run", "--device", "cpu", "--eval-every", 1)
-    train_and_keep(f"{folder}/unbroken", simclr, simclr.parse_args(flags))
-    with killed_at(simclr, "nt_xent", 5):
-        simclr.main(simclr.parse_args([*flags, "--out", f"{folder}/broken"]))
-    args = simclr.parse_args(["--resume", f"{folder}/broken"])
-    train_and_keep(f"{folder}/resumed", simclr, args)
+    train_and_resume(simclr, words(data, folder, "--eval-every", 1), folder, "nt_xent")
 
 
 def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
-    first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
-    assert second == ""
-    assert [first.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [2, 2]
-    for name in ("unbroken", "resumed"):
-        assert_same_in_both(tmp_path / name)
-    assert_same(load(tmp_path / "unbroken-0.pt"), load(tmp_path / "resumed-0.pt"))
-    assert records(tmp_path / "run") == records(tmp_path / "broken")
+    printed = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert_resumed_in_both(tmp_path, printed)
     assert files(tmp_path / "run") == RESULTS
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["command"].startswith("torchrun --nproc-per-node 2 simclr.py --dataset")

@@ -2,12 +2,12 @@
 
 Nine patches are cut from a 3 x 3 grid. The network gets the one in the middle and one of the
 others, and predicts at which of the eight positions the latter lies: knowing that the ear is above
-the eye means recognizing both. Features of a patch are computed without the other patch. Shortcuts
-have to be closed. An edge that runs on into the next patch gives the direction away, so there are
-gaps; and as it could be extended across a gap, each patch is moved at random. A third one is open
-here: lenses separate colors toward the border of a photograph, which reveals where in it a patch
-was. Shapes have no lens, and at 32 pixels it is too little to see; of large photographs drop two
-color channels at random, as the paper does.
+the eye means recognizing both. The features of a patch are computed without the other patch.
+Shortcuts have to be closed. An edge that runs on into the next patch gives the direction away, so
+there are gaps; and as it could be extended across a gap, each patch is moved at random. A third,
+chromatic aberration, is left open: a lens shifts colors apart toward the border of a photograph,
+which reveals where a patch was. Drawn shapes have none, and at 32 pixels it is a small part of one;
+for large photographs the paper drops two of the three color channels at random.
 
     Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV
     2015. p_0 is the patch in the middle, p_y the one at position y, and F^y the predicted

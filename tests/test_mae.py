@@ -21,6 +21,7 @@ from conftest import (
     in_two_processes,
     killed_at,
     load,
+    spy,
     train_and_keep,
     train_and_resume,
 )
@@ -492,6 +493,14 @@ def test_the_probes_read_class_token_and_patch_mean(unbroken, tiny_shapes):
     assert trained["knn_class_token"] == mae.knn_accuracy(x[:, 0], y, test_x[:, 0], test_y)
 
 
+def test_held_out_labels_are_predicted_from_the_patch_mean(tiny_shapes, tmp_path, monkeypatch):
+    calls = spy(monkeypatch, mae, "monitor")
+    small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
+    ((network, _),) = calls
+    assert type(network) is mae.PatchMean
+    assert_same(dict(network.encoder.state_dict()), load(tmp_path / "run/encoder.pt"))
+
+
 def test_it_learns(some_shapes, tmp_path):
     flags = "--epochs", "6", "--lr", "0.012", "--eval-every", "6"
     summary = small_run(some_shapes, tmp_path / "run", *flags)
@@ -705,6 +714,19 @@ def test_a_run_of_simmim_is_maes_without_a_decoder(unbroken_simmim):
     assert "null" not in text
     assert not {"decoder_depth", "decoder_dim"} & summary["args"].keys()
     assert not any("decoder" in name for name in load(unbroken_simmim / "checkpoint.pt")["model"])
+
+
+def test_the_loss_that_is_handed_over_is_minimized(tiny_shapes, tmp_path):
+    calls = []
+
+    def loss_of(*inputs):
+        calls.append(inputs)
+        return 0 * simmim.l1_loss(*inputs) + 7
+
+    args = simmim_args(*words(tiny_shapes, tmp_path / "run", "--epochs", 1))
+    summary = mae.main(args, build_model=simmim.build_simmim, loss_of=loss_of)
+    assert len(calls) == 3  # steps
+    assert summary["history"][0]["loss"] == 7
 
 
 def test_simmim_resumes(unbroken_simmim, tiny_shapes, tmp_path, capsys):

@@ -328,6 +328,16 @@ def test_a_summary_has_a_row_for_every_block(unbroken):
     assert set(few) == {"labels", "frozen", "from_scratch"}
 
 
+def test_held_out_labels_are_predicted_from_block_2(unbroken, tiny_shapes):
+    data = common.load_dataset(str(tiny_shapes))
+    encoder, _ = rotnet.build_nin("small")
+    encoder.load_state_dict(load(unbroken / "encoder.pt"))
+    history = json.loads((unbroken / "summary.json").read_text())["history"]
+    found = [rotnet.monitor(rotnet.pooled(encoder, n), data)["knn"] for n in (1, 2, 3)]
+    assert history[-1]["knn"] == found[1]
+    assert len(set(found)) > 1
+
+
 def test_it_learns_to_predict_rotations(some_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rotnet, "train_classifier", lambda *_: 0.5)  # tested above
     flags = "--epochs", 3, "--batch-size", 16, "--shift", 0.0625

@@ -168,6 +168,32 @@ def test_every_patch_is_compared_with_the_middle_one():
     assert model.classifier.seen[0].tolist() == expected
 
 
+def test_patches_are_drawn_where_they_are_predicted(tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(rotnet, "save_sheet", lambda _, blocks: sheets.append(blocks))
+    args = arguments("relative_patch", "--gap", 0, "--jitter", 0)
+    images = uint8_images(2, 32)
+    patches = relative_patch.cut_patches(images / 255, args, torch.Generator().manual_seed(0))
+    patches = patches.unflatten(0, (2, 9))
+    predicted = torch.tensor([0, 2, 1, 3, 4, 5, 6, 7]).repeat(2)  # 2 and 3 are exchanged
+
+    def model(_):
+        return F.one_hot(predicted, 8).float()
+
+    relative_patch.save_positions(tmp_path, model, images, args)
+    ((whole, *rows),) = sheets[0].values()
+    assert torch.equal(whole[:, :, 0, 0], images[:, :, 0, 0] / 255)
+    for y, drawn in zip((2, 5, 8), rows, strict=True):
+        position = 1 + predicted[y - 1]
+        row, column = relative_patch.GRID[position]
+        for square, cut in zip(drawn, patches, strict=True):
+            tiles = square.unfold(1, 10, 10).unfold(2, 10, 10)[..., 1:-1, 1:-1]
+            assert torch.equal(tiles[:, 1, 1], cut[0])
+            tile = tiles[:, row, column]
+            assert torch.equal(tile, cut[y]) == (position == y)
+            assert (tile - cut[y]).abs().max() < 0.5  # reddish
+
+
 def test_nine_tiles_make_an_image():
     tiles = torch.arange(18.0).view(2, 9, 1, 1, 1).expand(-1, -1, 3, 2, 2)
     sheet = relative_patch.assemble(tiles)
@@ -359,6 +385,7 @@ def test_inpainting_losses_are_the_papers():
     args = arguments("inpainting", "--adversarial", "0.5", "--shift", "0")
     torch.manual_seed(0)
     model = inpainting.ContextEncoder(args).eval()
+    model.discriminator[-1].bias.data -= 2  # sure that all are fake
     images = uint8_images(3, 16)
     terms = inpainting.inpainting_loss(model, images, args, torch.Generator().manual_seed(1))
     painters, critics, gradients = inpainting_gradients(model, terms)
@@ -374,6 +401,8 @@ def test_inpainting_losses_are_the_papers():
     adversarial = (real.log() + (1 - fake).log()).mean()
     assert terms["reconstruction"].item() == pytest.approx(reconstruction.item(), rel=1e-5)
     assert terms["adversarial"].item() == pytest.approx(adversarial.item(), rel=1e-4)
+    sharp = inpainting.total_variation(filled, mask) / inpainting.total_variation(x, mask)
+    assert terms["sharpness"].item() == pytest.approx(sharp.item(), rel=1e-4)
     painter = reconstruction - 0.5 * fake.log().mean()
     expected = torch.autograd.grad(painter, painters, retain_graph=True)
     expected += torch.autograd.grad(-adversarial, critics)

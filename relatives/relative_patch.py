@@ -103,9 +103,11 @@ def position_loss(network, images, args, generator):
 
 
 def assemble(tiles):
-    """Nine tiles each (R, 9, 3, t, t), row by row -> (R, 3, 3t + 6, 3t + 6), with white borders."""
+    """Nine tiles each (R, 9, 3, t, t), row by row -> (R, 3, 3t + 12, 3t + 12), with white lines
+    between the tiles, and wider ones around all nine."""
     tiles = F.pad(tiles, (1, 1, 1, 1), value=1.0).unflatten(1, (3, 3))
-    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    squares = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return F.pad(squares, (3, 3, 3, 3), value=1.0)
 
 
 def save_positions(folder, model, images, args):
@@ -116,7 +118,7 @@ def save_positions(folder, model, images, args):
     predicted = 1 + model(common.normalize(patches)).argmax(1).view(-1, 8).cpu()
     patches = patches.cpu().unflatten(0, (-1, 9))  # (R, 9, 3, p, p)
     red = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
-    rows = [F.interpolate(images.cpu() / 255, 3 * patches.shape[3] + 6)]
+    rows = [F.interpolate(images.cpu() / 255, 3 * patches.shape[3] + 12)]
     for y in (2, 5, 8):  # above, to the right, and below on the right
         tiles = torch.full_like(patches, 0.9)
         for i, position in enumerate(predicted[:, y - 1]):

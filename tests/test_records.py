@@ -196,11 +196,10 @@ def relatives():
     yield f"{percent(RECORDS['jigsaw-shapes-seed0']['pretext_task']['permutation'])} of the permutations"
     for title, name in (("shapes", "colorization-shapes-seed0"), ("CIFAR-10", "colorization-cifar10-small-seed0")):
         yield row(title, *scores(RECORDS[name]))
-    for name, title in (("seed0", "0.001"), ("no-adversary", "0")):
+    for name, title in (("no-adversary", "0"), ("seed0", "0.001"), ("adversary-1", "1")):
         record = RECORDS[f"inpainting-shapes-{name}"]
-        yield row(
-            title, *(f"{record['pretext_task'][key]:.2f}" for key in ("reconstruction", "adversarial")), *scores(record)
-        )
+        terms = [f"{record['pretext_task'][key]:.2f}" for key in ("reconstruction", "adversarial", "sharpness")]
+        yield row(title, *terms, *scores(record))
     tuned = RECORDS["simmim-shapes-fine-tune"]["trained"]
     yield f"{percent(tuned['fine_tuned'])} against {percent(tuned['from_scratch'])} from scratch"
 

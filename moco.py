@@ -637,7 +637,8 @@ def run_folder(args):
                 busy = isinstance(error, BlockingIOError)
                 reason = "another run is writing there" if busy else error.strerror
                 raise UserError(f"--out {folder}: {reason}") from None
-        if (folder / "checkpoint.pt").exists() and not args.resume:
+        names = "checkpoint.pt", "summary.json"  # --epochs 0 leaves the latter only
+        if any((folder / name).exists() for name in names) and not args.resume:
             raise UserError(
                 f"--out {folder}: holds a run; go on with --resume {folder}, or name another folder"
             )

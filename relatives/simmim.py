@@ -83,8 +83,8 @@ def build_simmim(args, image_size):
     """The model of a run, for images of this size."""
     count = math.ceil(image_size // args.patch_size / 2) ** 2
     if masked_blocks(count, args.mask_ratio) == count:
-        limits = f"of {count} blocks of 2 x 2 patches one must stay"
-        raise UserError(f"--mask-ratio {args.mask_ratio}: would mask all; {limits}")
+        reason = f"leaves no block of 2 x 2 patches visible, of {count}"
+        raise UserError(f"--mask-ratio {args.mask_ratio}: {reason}; try a smaller --patch-size")
     model = SimMIM(image_size, args.patch_size, *mae.ENCODERS[args.encoder])
     mae.load_weights(model.encoder, args)
     return model

@@ -259,7 +259,7 @@ def test_simmim_sees_nothing_of_masked_patches():
 )
 def test_simmim_never_masks_all(size, patch, ratio, blocks):
     args = simmim_args("--patch-size", patch, "--mask-ratio", ratio)
-    message = f"--mask-ratio {ratio}: would mask all; of {blocks} blocks of 2 x 2 patches one must"
+    message = f"--mask-ratio {ratio}: leaves no block of 2 x 2 patches visible, of {blocks};"
     with pytest.raises(common.UserError, match=message):
         simmim.build_simmim(args, size)
 
@@ -743,8 +743,8 @@ def test_simmim_resumes(unbroken_simmim, tiny_shapes, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--decoder-depth", "2"], "unrecognized arguments: --decoder-depth 2"),
-        (["--mask-ratio", "0.99"], "--mask-ratio 0.99: would mask all"),
-        (["--patch-size", "32"], "--mask-ratio 0.6: would mask all"),
+        (["--mask-ratio", "0.99"], "--mask-ratio 0.99: leaves no block"),
+        (["--patch-size", "32"], "--mask-ratio 0.6: leaves no block"),
         (["--resume", "nothing"], "there is no run of relatives/simmim.py in this folder"),
     ],
 )

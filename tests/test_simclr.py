@@ -1137,6 +1137,8 @@ def test_without_epochs_it_measures_only(unbroken, tiny_shapes, tmp_path):
     flags = "--init", unbroken / "encoder.pt", "--epochs", 0
     summary = small_run(tiny_shapes, tmp_path / "run", *flags)
     assert summary["history"] == []
+    with pytest.raises(common.UserError, match="holds a run; go on with --resume"):
+        small_run(tiny_shapes, tmp_path / "run")
     assert summary["trained"]["knn"] == summary["untrained"]["knn"]
     assert summary.keys() == {*KEYS.split(), "semi_supervised"} - {"images_per_second"}
     assert (tmp_path / "run/encoder.pt").read_bytes() == (unbroken / "encoder.pt").read_bytes()

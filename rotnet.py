@@ -207,7 +207,8 @@ def training_step(network, images, args, generator, progress, update, pretext_lo
 
 
 def make_optimizer(model, args, batch_size, steps):
-    """The paper's SGD, whose learning rate is divided by 5 after 30, 60 and 80 % of the steps."""
+    """The paper's SGD, whose learning rate is divided by 5 after 30, 60 and 80 % of the steps. It
+    does not follow batch_size, unlike the other scripts'."""
     optimizer = torch.optim.SGD(
         model.parameters(),
         args.lr,
@@ -362,6 +363,7 @@ def evaluate(encoder, data, args):
     y = data.train_labels
     test_y = data.test_labels
     rows = torch.arange(len(y), device=y.device)
+    epochs = args.classifier_epochs
     table = []
     for number in range(1, len(encoder) + 1):
         h = features(pooled(encoder, number), data.train_images[: len(y)])
@@ -370,9 +372,7 @@ def evaluate(encoder, data, args):
         accuracies["linear_probe"] = linear_probe(h, y, test_h, test_y)
         kinds = ["nonlinear", "conv"] if number == 2 else ["nonlinear"]
         for kind in kinds:
-            blocks = encoder[:number]
-            accuracy = train_classifier(kind, blocks, data, rows, args.classifier_epochs, args)
-            accuracies[kind] = accuracy
+            accuracies[kind] = train_classifier(kind, encoder[:number], data, rows, epochs, args)
         table.append(accuracies)
     return table
 

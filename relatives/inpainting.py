@@ -14,8 +14,8 @@ Later, MAE removes more, needs no adversary, and does not compute what is missin
     L_adversarial = max_D E[log D(x) + log(1 - D(x'))]
     L = L_reconstruction + 0.001 L_adversarial
 
-As usual for GANs, F maximizes log D(x') where the formula has it minimize log(1 - D(x')): it wants
-the same, and still has a gradient where D is sure (Goodfellow et al. 2014).
+As usual for GANs, F maximizes log D(x') where the formula has it minimize log(1 - D(x')): the goal
+is the same, but the gradient does not vanish where D is sure (Goodfellow et al. 2014).
 
     python relatives/inpainting.py --dataset cifar10 --compile     rotnet.py's flags, and one more
     python relatives/inpainting.py --adversarial 0                 without an adversary
@@ -76,6 +76,7 @@ class ContextEncoder(nn.Module):
         painted = self.decoder(self.encoder((1 - mask) * x))[:, :, : x.shape[2], : x.shape[3]]
         filled = mask * painted + (1 - mask) * x
         real, fake = self.discriminator(torch.cat([x, filled.detach()])).chunk(2)
+        # The same once more, with the same statistics of batch norm, but frozen weights.
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         _, judged = functional_call(self.discriminator, frozen, torch.cat([x, filled])).chunk(2)
         return filled, real, fake, judged

@@ -38,7 +38,7 @@ class Args(rotnet.Args):
     script: str = "relatives/jigsaw.py"
 
 
-SHAPES = rotnet.SHAPES | dict(epochs=12, eval_every=4)  # which take less than RotNet's four
+SHAPES = rotnet.SHAPES | dict(epochs=12, eval_every=4)  # 12 take less time than RotNet's 4
 
 
 class Standardize(nn.Module):
@@ -119,7 +119,7 @@ def save_puzzles(folder, model, images, args):
     numbers = torch.arange(1, len(images) + 1, device=images.device)
     predicted = model(tiles, numbers[:, None]).argmax(1)
     order = model.permutations[numbers].cpu()  # (R, 9), the tile in each place
-    places = model.permutations[predicted].cpu().argsort(1)  # (R, 9), where each tile seems to be
+    places = model.permutations[predicted].cpu().argsort(1)  # (R, 9), from where each is taken
     tiles = tiles.cpu().unflatten(0, (-1, 9))
     shuffled = torch.stack([cut[row] for cut, row in zip(tiles, order, strict=True)])
     solved = torch.stack([cut[row] for cut, row in zip(shuffled, places, strict=True)])

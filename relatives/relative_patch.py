@@ -6,8 +6,8 @@ the eye means recognizing both. The features of a patch are computed without the
 Shortcuts have to be closed. An edge that runs on into the next patch gives the direction away, so
 there are gaps; and as it could be extended across a gap, each patch is moved at random. A third,
 chromatic aberration, is left open: a lens shifts colors apart toward the border of a photograph,
-which reveals where a patch was. Drawn shapes have none, and at 32 pixels it is a small part of one;
-for large photographs the paper drops two of the three color channels at random.
+which reveals where a patch was. Drawn shapes have none, and images of 32 x 32 are too small to show
+it; for large photographs the paper drops two of the three color channels at random.
 
     Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV
     2015. p_0 is the patch in the middle, p_y the one at position y, and F^y the predicted
@@ -45,7 +45,7 @@ class Args(rotnet.Args):
     jitter: float = rotnet.flag(0.03125, "largest move, likewise; paper: 7 of 96 pixels", 0, 0.0625)
 
 
-SHAPES = rotnet.SHAPES | dict(epochs=12, eval_every=4)  # which take less than RotNet's four
+SHAPES = rotnet.SHAPES | dict(epochs=12, eval_every=4)  # 12 take less time than RotNet's 4
 
 
 class PatchNetwork(nn.Module):

@@ -272,7 +272,7 @@ def pretrain(model, best, tokenizer, data, args):
     scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     state = {"model": model, "best": best, "tokenizer": tokenizer}
     state |= {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history = load_checkpoint(args, state, images)
+    history = load_checkpoint(args, state, data)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
@@ -302,7 +302,7 @@ def pretrain(model, best, tokenizer, data, args):
             if metrics.get("val_recall", 1.0) >= max((line.get("val_recall", 0.0) for line in history), default=0.0):
                 best.load_state_dict(model.state_dict())
         history.append({"epoch": epoch, **metrics})
-        save_epoch(args, state, images, history)
+        save_epoch(args, state, data, history)
     return history
 
 
@@ -508,7 +508,7 @@ def show_progress(args, epoch, step, steps, start):
         print(f"epoch {epoch}/{args.epochs} {done:4.0%}, {left / 60:.1f} min left ", end="\r", flush=True)
 
 
-def save_epoch(args, state, images, history):
+def save_epoch(args, state, data, history):
     """Prints the last line of the history; writes all of it and the checkpoint, if loss and weights are finite."""
     epoch, loss = len(history), history[-1]["loss"]
     shown = "  ".join(f"{key} {value:.4g}" for key, value in history[-1].items() if isinstance(value, float))
@@ -517,10 +517,10 @@ def save_epoch(args, state, images, history):
         raise UserError(f"the loss is not finite in epoch {epoch}: try a smaller --lr; the last checkpoint is kept")
     save(Path(args.out, "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in history))
     content = {name: part.state_dict() for name, part in state.items()}
-    save(Path(args.out, "checkpoint.pt"), content | {"images": common.fingerprint(images), "history": history})
+    save(Path(args.out, "checkpoint.pt"), content | {"images": common.fingerprint(data), "history": history})
 
 
-def load_checkpoint(args, state, images):
+def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch -> its history. The flags fit, and are kept."""
     path, history = Path(args.out, "checkpoint.pt"), []
     if path.exists():
@@ -531,7 +531,7 @@ def load_checkpoint(args, state, images):
             history = content["history"]
         except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
             raise UserError(f"{path}: is not a checkpoint of this run with these flags") from None
-        if content["images"] != common.fingerprint(images):
+        if content["images"] != common.fingerprint(data):
             raise UserError(f"{path}: --dataset {args.dataset} is not what it was when the run began")
     save(Path(args.out, "args.json"), json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     return history

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import re
@@ -78,9 +79,13 @@ def batches(images, order, size, device):
         yield batch.to(device, non_blocking=True)
 
 
-def fingerprint(images):
-    """Shape, and sum of some 64 of the images (M, 3, S, S): tells other data from what a run began with."""
-    return [*images.shape, int(images[:: len(images) // 64 + 1].sum())]
+def fingerprint(data):
+    """Shape of the training images, sum of some 64 of them, and a number that depends on their labels, the
+    class names and the captions: other data than a run began with has another fingerprint."""
+    images = data.train_images
+    words = [data.train_labels.tolist(), data.classes, data.train_captions, data.val_captions]
+    some = images[:: len(images) // 64 + 1]
+    return [*images.shape, int(some.sum()), text_hash(json.dumps(words)) % 10**12]
 
 
 def labelled_rows(labels, amount, seed):

@@ -461,7 +461,7 @@ def main(args, Model=RotNet, pretext_loss=rotation_loss, save_predictions=save_r
         step = functools.partial(training_step, pretext_loss=pretext_loss)
         watch = functools.partial(monitor, pooled(encoder, 2), data)
         with common.compile_operators(args.compile):
-            history = pretrain(model, data.train_images, args, step, watch)
+            history = pretrain(model, data, args, step, watch)
         save(folder / "encoder.pt", encoder.state_dict())
         print("measuring", flush=True)
         trained = evaluate(encoder, data, args)
@@ -489,17 +489,20 @@ def main(args, Model=RotNet, pretext_loss=rotation_loss, save_predictions=save_r
     return summary
 
 
-# === Nothing below is about RotNet: simclr, moco and mae have it as well, word for word ===========
-def pretrain(model, images, args, training_step, monitor):
-    """Trains on uint8 images (M, 3, S, S), without labels, from the checkpoint in args.out if there
-    is one. Returns the history, a record of each epoch: the means of what training_step returns
-    and, every few epochs, what monitor() returns."""
+# === Nothing below is about RotNet: every script has it, word for word ============================
+# But for two functions: clip.py has its own pretrain, since its images come with captions, and
+# dino.py its own make_update, since it clips gradients.
+def pretrain(model, data, args, training_step, monitor):
+    """Trains on data.train_images, uint8 (M, 3, S, S), without labels, from the checkpoint in
+    args.out if there is one. Returns the history, a record of each epoch: the means of what
+    training_step returns and, every few epochs, what monitor() returns."""
+    images = data.train_images
     device = next(model.parameters()).device
     N = args.batch_size // WORLD  # images of this process in a step
     steps = len(images) // args.batch_size  # in an epoch; an incomplete last batch is left out
     update, state = make_update(model, args, args.batch_size, max(1, args.epochs * steps))
     state["model"] = model
-    history = load_checkpoint(args, state, images)
+    history = load_checkpoint(args, state, data)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -511,18 +514,24 @@ def pretrain(model, images, args, training_step, monitor):
             terms = training_step(network, batch, args, generator, progress, update)
             log.append({name: x.detach() for name, x in terms.items()})  # .item() waits for the GPU
             show_progress(args, epoch, step, steps, start)
-        record = {"epoch": epoch}
-        for name in log[0]:
-            mean = torch.stack([terms[name] for terms in log]).mean(0)
-            if WORLD > 1:
-                dist.all_reduce(mean)
-            record[name] = (mean / WORLD).tolist()
+        record = {"epoch": epoch} | epoch_means(log)
         record["seconds"] = time.perf_counter() - start
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             record |= monitor()
         history.append(record)
-        save_epoch(args, state, images, history)
+        save_epoch(args, state, data, history)
     return history
+
+
+def epoch_means(log):
+    """The mean of each term in the log of an epoch, over its steps and all processes."""
+    means = {}
+    for name in log[0]:
+        mean = torch.stack([terms[name] for terms in log]).mean(0)
+        if WORLD > 1:
+            dist.all_reduce(mean)
+        means[name] = (mean / WORLD).tolist()
+    return means
 
 
 def make_update(model, args, batch_size, steps):
@@ -710,19 +719,19 @@ def show_progress(args, epoch, step, steps, start):
 
 
 def print_results(summary):
-    """The accuracies of a run as a table, and what always guessing one class would reach."""
+    """What was measured as a table, and what always guessing one class would reach."""
     untrained = summary["untrained"]
     if untrained:
-        print(f"{'accuracy on test images':28}before   after")
-    for name, accuracy in summary["trained"].items():
+        print(f"{'measured on test images':28}before   after")
+    for name, value in summary["trained"].items():
         before = f"{untrained[name]:6.1%}" if name in untrained else ""
-        print(f"{name:28}{before:6}  {accuracy:6.1%}")
-    if untrained:
+        print(f"{name:28}{before:6}  {value:6.1%}")
+    if "most_frequent_class" in summary:
         print(f"guessing the most frequent class: {summary['most_frequent_class']:.1%}")
     print(f"{summary['total_seconds']:.0f} s in all; results are in {summary['args']['out']}")
 
 
-def save_epoch(args, state, images, history):
+def save_epoch(args, state, data, history):
     """Prints the last record of the history; writes all of them, and the checkpoint, if loss and
     weights are finite."""
     epoch = len(history)
@@ -737,11 +746,11 @@ def save_epoch(args, state, images, history):
     lines = [json.dumps(record) + "\n" for record in history]
     save(Path(args.out, "metrics.jsonl"), "".join(lines).encode())
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= {"images": common.fingerprint(images), "history": history}
+    content |= {"data": common.fingerprint(data), "history": history}
     save(Path(args.out, "checkpoint.pt"), content)
 
 
-def load_checkpoint(args, state, images):
+def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch, and returns its history. Also
     writes args.json, once the checkpoint is known to fit."""
     path = Path(args.out, "checkpoint.pt")
@@ -752,9 +761,10 @@ def load_checkpoint(args, state, images):
             for name, part in state.items():
                 part.load_state_dict(content[name])
             history = content["history"]
+            began_with = content["data"]
         except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
             raise UserError(f"{path}: is not a checkpoint of this run") from None
-        if content["images"] != common.fingerprint(images):
+        if began_with != common.fingerprint(data):
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
     return history

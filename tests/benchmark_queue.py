@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
 import moco  # noqa: E402
 
 
@@ -27,8 +28,10 @@ def peak_memory(flags):
         device = moco.pick_device(args.device)
         torch.manual_seed(0)
         images = torch.randint(256, (8 * args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        data = common.Dataset(images, labels, images, labels, ["one"])
         model = moco.MoCo(args).to(device, memory_format=torch.channels_last)
-        moco.pretrain(model, images, args, moco.training_step, dict)
+        moco.pretrain(model, data, args, moco.training_step, dict)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9, str(device)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes

@@ -18,8 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip  # noqa: E402
 import common  # noqa: E402
-import dino  # noqa: E402
-from dino import RANK, WORLD  # noqa: E402
+from clip import RANK, WORLD  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 
@@ -52,27 +51,6 @@ def clip_gradients():
     compare("clip-scale-gradient", alone.log_scale.grad, model.log_scale.grad)
 
 
-def dino_gradients():
-    args = dino.parse_args(["--encoder", "small", "--patch-size", "8"])
-    torch.manual_seed(0)
-    model = dino.DINO(args).double().eval()  # batch norm is not synchronized on CPUs
-    alone, student = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model.student)
-    large, small = (torch.rand(V, 6, 3, S, S, generator=torch.Generator().manual_seed(S)).double()
-                    for V, S in ((2, 32), (3, 16)))  # views of six images  # fmt: skip
-
-    def loss(student, teacher, rows):
-        views = large[:, rows].flatten(0, 1), small[:, rows].flatten(0, 1)
-        s, t = student(*views).unflatten(0, (5, -1)), teacher(views[0]).unflatten(0, (2, -1))
-        return dino.dino_loss(s, t, model.center, 0.1, 0.04), t
-
-    part, logits = loss(student, model.teacher, torch.arange(6)[RANK::WORLD])
-    whole, all_logits = loss(alone.student, alone.teacher, torch.arange(6))
-    compare(
-        "dino-center", 0.9 * model.center + 0.1 * all_logits.mean((0, 1)), dino.update_center(model.center, logits, 0.9)
-    )
-    compare("dino-gradient", parameters_after_a_step(alone.student, whole), parameters_after_a_step(student, part))
-
-
 def train(script, run):
     """What run() trains with the script -> its model, but for what differs between processes: batch norm's running
     statistics."""
@@ -84,15 +62,14 @@ def train(script, run):
 
 
 if __name__ == "__main__":
-    dino.pick_device("cpu")  # the processes meet
+    clip.pick_device("cpu")  # the processes meet
     clip_gradients()
-    dino_gradients()
     data, few = common.shapes_dataset(), {}
     for split, count in (("train", 120), ("test", 40)):
         for part in ("images", "labels", "captions", "colors"):
             few[f"{split}_{part}"] = getattr(data, f"{split}_{part}")[:count]
     common.shapes_dataset = lambda: dataclasses.replace(data, **few)
-    scripts = {"clip": clip, "dino": dino}
+    scripts = {"clip": clip}
     sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # of process 1, which prints nothing
     for name, commands in json.loads((FOLDER / "commands.json").read_text()).items():
         for words in commands:

@@ -504,6 +504,6 @@ def test_two_processes_do_what_one_does(two_processes):
     models = [torch.load(folder / f"clip-{rank}.pt", weights_only=True) for rank in range(2)]
     assert models[0].keys() == models[1].keys() >= {"log_scale"}
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    out = printed[0][printed[0].index("clip on") : printed[0].index("dino on")]
+    out = printed[0][printed[0].index("clip on") :]
     assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
     assert printed[1] == "" and (folder / "clip/summary.json").exists()

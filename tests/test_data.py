@@ -1,5 +1,6 @@
 """The built-in shapes, and datasets from files: what they hold, and what is said about broken ones."""
 
+import dataclasses
 import itertools
 import shutil
 import struct
@@ -840,7 +841,15 @@ def test_labelled_rows_of_many_classes():
     assert common.labelled_rows(labels, 5, seed=7).tolist() == expected
 
 
-def test_a_fingerprint_tells_images_apart():
+def test_other_images_labels_classes_or_captions_have_another_fingerprint():
     images = torch.randint(256, (1000, 3, 4, 4), dtype=torch.uint8)
-    assert common.fingerprint(images) == common.fingerprint(images.clone())
-    assert len({tuple(common.fingerprint(x)) for x in (images, images[1:], images.flip(0), images[..., :3])}) == 4
+    labels = torch.arange(1000) % 2
+    captions = [["one"], ["another"]]
+    data = common.Dataset(images, labels, images, labels, ["a", "b"], captions, captions, None, captions)
+    copied = dataclasses.replace(data, train_images=images.clone(), train_labels=labels.clone())
+    assert common.fingerprint(copied) == common.fingerprint(data)
+    changes = [{"train_images": x} for x in (images[1:], images.flip(0), images[..., :3])]
+    changes += [{"train_labels": labels[:-2]}, {"train_labels": 1 - labels}, {"classes": ["a", "c"]}]
+    changes += [{name: captions[::-1]} for name in ("train_captions", "val_captions")]
+    changed = [dataclasses.replace(data, **change) for change in [{}, *changes]]
+    assert len({tuple(common.fingerprint(x)) for x in changed}) == len(changed)

@@ -1,8 +1,9 @@
-"""dino.py: the loss, the center, teacher and student, views, official names, figures, and whole runs on shapes."""
+"""dino.py: loss, center, teacher and student, views, official names, figures, and whole runs."""
 
+import copy
+import json
 import math
-import runpy
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,35 +11,73 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import (
+    FILES,
+    assert_ended_alike,
+    assert_resumed_in_both,
+    assert_same,
+    files,
+    in_two_processes,
+    killed_at,
+    load,
+    records,
+    spy,
+    train_and_resume,
+)
 from PIL import Image
 from torch import nn
 
 import common
 import dino
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("shapes_once")
+FIGURES = {"views.png", "attention.png", "attention-untrained.png", "pca.png", "pca-untrained.png"}
+RESULTS = FILES | FIGURES
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def pixels(path):
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def logits(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed))
 
 
-# --- Loss -----------------------------------------------------------------------------------------------------------
+def words(data, out, *flags):
+    """A run on a few shapes: two epochs, two global and two local views."""
+    small = ["--encoder", "small", "--epochs", "2", "--batch-size", "32", "--eval-every", "1"]
+    small += ["--local-views", "2", "--local-crop", "0.2"]
+    return ["--dataset", str(data), *small, "--out", str(out), *map(str, flags)]
+
+
+def small_run(data, out, *flags):
+    return dino.main(dino.parse_args(words(data, out, *flags)))
+
+
+def resumed(run, *flags):
+    return dino.main(dino.parse_args(["--resume", str(run), *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_shapes, tmp_path_factory):
+    """The folder of a run that nothing has stopped. It is read only."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    small_run(tiny_shapes, folder)
+    return folder
+
+
+# ==================================================================================================
+# Loss
+# ==================================================================================================
 
 
 def test_the_loss_is_that_of_a_loop_over_views():
     V, N, K = 5, 3, 7
-    student, teacher, center = logits(V, N, K), logits(2, N, K, seed=1), logits(K, seed=2)
-    total, pairs = 0.0, 0
+    student = logits(V, N, K)
+    teacher = logits(2, N, K, seed=1)
+    center = logits(K, seed=2)
+    total = 0.0
+    pairs = 0
     for i in range(2):
         for j in range(V):
             if i == j:
@@ -47,141 +86,321 @@ def test_the_loss_is_that_of_a_loop_over_views():
             for n in range(N):
                 t = [math.exp((teacher[i, n, k] - center[k]) / 0.04) for k in range(K)]
                 s = [math.exp(student[j, n, k] / 0.1) for k in range(K)]
-                total -= sum(t[k] / sum(t) * math.log(s[k] / sum(s)) for k in range(K)) / N
+                for k in range(K):
+                    total -= t[k] / sum(t) * math.log(s[k] / sum(s)) / N
     assert pairs == 2 * V - 2
-    assert dino.dino_loss(student, teacher, center, 0.1, 0.04).item() == pytest.approx(total / pairs, rel=1e-4)
+    loss = dino.dino_loss(student, teacher, center, 0.1, 0.04)
+    assert loss.item() == pytest.approx(total / pairs, rel=1e-4)
 
 
-def test_two_views_are_the_lectures_algorithm():
+def test_for_two_views_the_loss_is_the_papers_pseudocode():
+    s1, s2 = logits(2, 4, 6)
+    t1, t2 = logits(2, 4, 6, seed=1)
+    C = logits(6, seed=2)
+
     def H(t, s):
-        s, t = torch.softmax(s / 0.1, dim=1), torch.softmax((t - C) / 0.04, dim=1)
+        s = torch.softmax(s / 0.1, dim=1)
+        t = torch.softmax((t - C) / 0.04, dim=1)
         return -(t * torch.log(s)).sum(dim=1).mean()
 
-    (s1, s2), (t1, t2), C = logits(2, 4, 6), logits(2, 4, 6, seed=1), logits(6, seed=2)
     loss = dino.dino_loss(torch.stack([s1, s2]), torch.stack([t1, t2]), C, 0.1, 0.04)
     assert loss.item() == pytest.approx((H(t1, s2) / 2 + H(t2, s1) / 2).item(), rel=1e-4)
 
 
-def test_equal_logits_cost_log_K_and_no_gradient_goes_to_the_teacher():
-    student, teacher = torch.zeros(4, 3, 8, requires_grad=True), torch.zeros(2, 3, 8, requires_grad=True)
-    loss = dino.dino_loss(student, teacher * 1.0, torch.zeros(8), 0.1, 0.04)
+def test_equal_logits_cost_log_K():
+    loss = dino.dino_loss(torch.zeros(4, 3, 8), torch.zeros(2, 3, 8), torch.zeros(8), 0.1, 0.04)
     assert loss.item() == pytest.approx(math.log(8))
+
+
+def test_gradients_reach_every_students_view_and_no_teacher():
     student = logits(4, 3, 8).requires_grad_()
-    dino.dino_loss(student, 2 * teacher + 1, torch.zeros(8), 0.1, 0.04).backward()
-    assert teacher.grad is None and (student.grad.abs().sum((1, 2)) > 0).all()
+    teacher = logits(2, 3, 8, seed=1).requires_grad_()
+    dino.dino_loss(student, teacher, torch.zeros(8), 0.1, 0.04).backward()
+    assert teacher.grad is None
+    assert (student.grad.abs().sum((1, 2)) > 0).all()
+
+
+def one_hot(N, K):
+    return torch.eye(K)[0].expand(2, N, K)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "loss", "entropy", "entropy_of_mean"),
+    [
+        (torch.eye(8).expand(2, 8, 8), 0, 0, math.log(8)),  # healthy: another class for each image
+        (one_hot(8, 8), 0, 0, 0),
+        (torch.zeros(2, 8, 8), math.log(8), math.log(8), math.log(8)),
+    ],
+)
+def test_loss_and_entropies_of_collapses(teacher, loss, entropy, entropy_of_mean):
+    """Of a student that agrees: the loss is low in one collapse only, the difference in both."""
+    center = torch.zeros(8)
+    entropies = dino.target_entropies(teacher, center, 0.01)
+    assert [x.item() for x in entropies] == pytest.approx((entropy, entropy_of_mean), abs=1e-5)
+    found = dino.dino_loss(teacher, teacher, center, 0.01, 0.01)
+    assert found.item() == pytest.approx(loss, abs=1e-5)
+
+
+def test_centering_makes_equal_one_hot_targets_uniform():
+    teacher = one_hot(8, 8)
+    center = dino.update_center(torch.zeros(8), teacher, 0.0)
+    entropies = dino.target_entropies(teacher, center, 0.01)
+    assert [x.item() for x in entropies] == pytest.approx([math.log(8)] * 2)
+
+
+# ==================================================================================================
+# Teacher and student
+# ==================================================================================================
+
+
+def small_model():
+    torch.manual_seed(0)
+    return dino.DINO(dino.parse_args(["--encoder", "small"]))
 
 
 def test_the_center_is_a_moving_mean_of_the_teachers_logits():
-    teacher, center = logits(2, 5, 4), logits(4, seed=1)
+    teacher = logits(2, 5, 4)
+    center = logits(4, seed=1)
     mean = (teacher[0].sum(0) + teacher[1].sum(0)) / 10
-    assert torch.allclose(dino.update_center(center, teacher, 0.9), 0.9 * center + 0.1 * mean, atol=1e-6)
-    assert torch.allclose(dino.update_center(center, teacher, 0.0), mean, atol=1e-6)
+    for momentum in (0.9, 0.0):
+        expected = momentum * center + (1 - momentum) * mean
+        torch.testing.assert_close(dino.update_center(center, teacher, momentum), expected)
     assert torch.equal(dino.update_center(center, teacher, 1.0), center)
 
 
-def test_entropies_tell_both_collapses_from_a_healthy_teacher():
-    N, K = 8, 8
-    center = torch.zeros(K)
-    healthy = torch.eye(K).expand(2, N, K)  # every image another logit
-    one_for_all = torch.eye(K)[0].expand(2, N, K)
-    uniform = torch.zeros(2, N, K)
-    for teacher, expected in ((healthy, (0, math.log(K))), (one_for_all, (0, 0)), (uniform, (math.log(K),) * 2)):
-        entropies = dino.target_entropies(teacher, center, 0.01)
-        assert entropies.tolist() == pytest.approx(expected, abs=1e-5)
-    centered = dino.target_entropies(one_for_all, dino.update_center(center, one_for_all, 0.0), 0.01)
-    assert centered.tolist() == pytest.approx((math.log(K),) * 2)  # centering trades one collapse for the other
+def test_student_and_teacher_begin_equal():
+    model = small_model()
+    assert_same(dict(model.student.state_dict()), dict(model.teacher.state_dict()))
+    assert not any(p.requires_grad for p in model.teacher.parameters())
 
 
-# --- Teacher and student --------------------------------------------------------------------------------------------
-
-
-def small_model(*flags):
-    torch.manual_seed(0)
-    args = dino.parse_args(["--encoder", "small", *flags])
-    return dino.DINO(args), args
-
-
-def test_student_and_teacher_start_equal_and_the_teacher_is_a_moving_average():
-    model, _ = small_model()
-    student, teacher = dict(model.student.named_parameters()), dict(model.teacher.named_parameters())
-    assert student.keys() == teacher.keys() and all(torch.equal(p, teacher[name]) for name, p in student.items())
-    assert not any(p.requires_grad for p in teacher.values())
+def test_the_teacher_is_a_moving_average_of_the_student():
+    model = small_model()
     with torch.no_grad():
-        for p in student.values():
+        for p in model.student.parameters():
             p += torch.randn(p.shape, generator=generator(1))
-    before = {name: p.clone() for name, p in teacher.items()}
+    before = [p.clone() for p in model.teacher.parameters()]
     dino.update_teacher(model.teacher, model.student, 0.9)
-    for name, p in student.items():
-        assert torch.allclose(teacher[name], 0.9 * before[name] + 0.1 * p, atol=1e-6)
-    dino.update_teacher(model.teacher, model.student, 1.0)
-    for name, p in student.items():
-        assert torch.allclose(teacher[name], 0.9 * before[name] + 0.1 * p, atol=1e-6)
+    students = model.student.parameters()
+    for old, t, s in zip(before, model.teacher.parameters(), students, strict=True):
+        torch.testing.assert_close(t, 0.9 * old + 0.1 * s, atol=1e-6, rtol=1e-5)
 
 
-def test_logits_are_cosines():
-    model, args = small_model()
-    model.student.last_layer.weight.data *= 7
-    logits = model.student.eval()(torch.rand(64, 3, 32, 32))
-    assert logits.shape == (64, args.out_dim) and logits.abs().max() <= 1 + 1e-5
-    directions = model.student.last_layer.weight
-    assert torch.linalg.matrix_rank(directions) == 64 and (logits.std(1) > 0).all()
+def test_logits_are_cosines_with_directions():
+    student = small_model().student.eval()
+    images = torch.rand(64, 3, 32, 32)
+    before = student(images)
+    student.last_layer.weight.data *= 7
+    student.mlp[-1].weight.data *= 3
+    assert before.shape == (64, 256)
+    assert before.abs().max() <= 1 + 1e-5
+    torch.testing.assert_close(student(images), before, atol=1e-5, rtol=1e-5)
 
 
-def test_schedules_and_decayed_parameters():
-    assert dino.cosine(0.996, 1.0, 0.0) == pytest.approx(0.996) and dino.cosine(0.996, 1.0, 1.0) == pytest.approx(1.0)
+def test_the_student_sees_all_views_the_teacher_global_ones():
+    model = small_model().eval()
+    large = torch.rand(4, 3, 32, 32)
+    local = torch.rand(6, 3, 16, 16)
+    student_logits, teacher_logits = model(large, local)
+    expected = torch.cat([model.student(large), model.student(local)])
+    torch.testing.assert_close(student_logits, expected)
+    torch.testing.assert_close(teacher_logits, model.teacher(large))
+
+
+def test_a_cosine_leads_from_start_to_end():
+    assert dino.cosine(0.996, 1.0, 0.0) == pytest.approx(0.996)
+    assert dino.cosine(0.996, 1.0, 1.0) == pytest.approx(1.0)
     assert dino.cosine(0.04, 0.4, 0.5) == pytest.approx(0.22)
-    args = dino.parse_args(["--batch-size", "512", "--warmup", "0.1", "--lr", "0.1"])
-    network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    optimizer, schedule = dino.make_optimizer(network, args, 100)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert [decay[id(p)] for p in network.parameters()] == [0.04, 0, 0, 0]
+    assert dino.cosine(0.04, 0.4, 0.25) < 0.13
+
+
+def test_only_the_students_matrices_decay():
+    model = small_model()
+    args = dino.parse_args(["--lr", "0.1"])
+    optimizer, _ = dino.make_optimizer(model, args, 512, 100)
+    decay = {}
+    for group in optimizer.param_groups:
+        decay |= dict.fromkeys(group["params"], group["weight_decay"])
+    assert decay == {p: 0.04 if p.ndim > 1 else 0.0 for p in model.student.parameters()}
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    args = dino.parse_args(["--warmup", "0.1", "--lr", "0.1"])
+    optimizer, schedule = dino.make_optimizer(small_model(), args, 512, 100)
     rates = []
     for _ in range(102):
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[1]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates[:11] == pytest.approx([0.2 * (step + 1) / 11 for step in range(11)])  # 0.1 for 256 images
-    assert rates[55] == pytest.approx(0.1) and rates[100:] == pytest.approx([0, 0])
+    assert rates[:11] == pytest.approx([0.2 * (n + 1) / 11 for n in range(11)])  # for 2 x 256
+    assert rates[55] == pytest.approx(0.1)
+    assert rates[100:] == pytest.approx([0, 0])
 
 
-# --- Views ----------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# A training step
+# ==================================================================================================
+
+
+def updated(progress, scale=1.0):
+    """A model of four epochs after one update, and its student's weights before it."""
+    args = dino.parse_args(["--encoder", "small", "--epochs", "4"])
+    model = small_model()
+    before = copy.deepcopy(model.student.state_dict())
+    update, state = dino.make_update(model, args, 64, 40)
+    student_logits = model.student(torch.rand(8, 3, 32, 32, generator=generator()))
+    update(scale * student_logits.square().mean(), progress)
+    return model, before, state["optimizer"]
+
+
+@pytest.mark.parametrize(("progress", "moves"), [(0.0, False), (0.24, False), (0.25, True)])
+def test_the_last_layer_waits_for_an_epoch(progress, moves):
+    model, before, _ = updated(progress)
+    student = model.student.state_dict()
+    assert torch.equal(student["last_layer.weight"], before["last_layer.weight"]) != moves
+    assert not torch.equal(student["mlp.0.weight"], before["mlp.0.weight"])
+    assert not torch.equal(student["encoder.cls_token"], before["encoder.cls_token"])
+
+
+def test_the_norm_of_the_gradient_is_clipped():
+    def norm(model):
+        return nn.utils.get_total_norm([p.grad for p in model.student.parameters()])
+
+    free, _, _ = updated(0.5, scale=1.0)
+    assert norm(free) < 3
+    clipped, _, _ = updated(0.5, scale=1e4)
+    assert norm(clipped).item() == pytest.approx(3, rel=1e-3)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 0.9])
+def test_weight_decay_follows_the_progress(progress):
+    _, _, optimizer = updated(progress)
+    expected = dino.cosine(0.04, 0.4, progress)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [expected, 0.0]
+
+
+def stepped(*flags, progress=0.5):
+    """What a training step logs and, in the order of their calls, what it has handed on."""
+    torch.manual_seed(0)
+    args = dino.parse_args(["--encoder", "small", *flags])
+    model = dino.DINO(args)
+    images = torch.randint(256, (6, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+    updates = []
+    with pytest.MonkeyPatch.context() as patch:
+        losses = spy(patch, dino, "dino_loss")
+        teachers = spy(patch, dino, "update_teacher")
+        terms = dino.training_step(
+            model, images, args, generator(), progress, lambda *values: updates.append(values)
+        )
+    return model, terms, losses, teachers, updates
+
+
+def test_a_step_compares_all_views_with_the_teachers_two():
+    model, terms, ((student_logits, teacher_logits, *_),), _, updates = stepped(
+        "--local-views", "3", "--local-crop", "0.2"
+    )
+    assert student_logits.shape == (5, 6, 256)
+    assert teacher_logits.shape == (2, 6, 256)
+    assert not teacher_logits.requires_grad
+    assert updates == [(terms["loss"], 0.5)]
+    expected = dino.update_center(torch.zeros(256), teacher_logits, 0.9)
+    assert torch.equal(model.center, expected)
+
+
+def test_a_step_logs_loss_entropies_and_divergence():
+    _, terms, _, _, _ = stepped()
+    assert terms.keys() == {"loss", "entropy", "entropy_of_mean", "kl"}
+    assert terms["loss"].item() == pytest.approx(terms["entropy"].item() + terms["kl"].item())
+    assert terms["kl"] > 0
+    assert 0 <= terms["entropy"] <= terms["entropy_of_mean"] <= math.log(256)
+
+
+@pytest.mark.parametrize(("progress", "tau_t"), [(0.0, 0.02), (0.15, 0.05), (0.3, 0.08), (1, 0.08)])
+def test_the_teachers_temperature_rises(progress, tau_t):
+    flags = "--teacher-temperature-start", "0.02", "--teacher-temperature", "0.08"
+    _, _, ((*_, tau_s, found),), _, _ = stepped(*flags, progress=progress)
+    assert tau_s == 0.1
+    assert found == pytest.approx(tau_t)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.4])
+def test_the_teachers_momentum_rises(progress):
+    _, _, _, ((_, _, momentum),), _ = stepped("--ema-momentum", "0.9", progress=progress)
+    assert momentum == pytest.approx(dino.cosine(0.9, 1.0, progress))
+
+
+def test_without_centering_the_center_stays_zero():
+    model, _, _, _, _ = stepped("--no-centering")
+    assert (model.center == 0).all()
+
+
+# ==================================================================================================
+# Views
+# ==================================================================================================
 
 
 def test_multi_crop_makes_large_and_small_views():
     args = dino.parse_args(["--local-views", "3", "--dataset", "cifar10"])
     images = (255 * torch.rand(5, 3, 32, 32, generator=generator())).byte()
     large, small = dino.multi_crop(images, args, generator())
-    assert large.shape == (10, 3, 32, 32) and small.shape == (15, 3, 16, 16)
-    assert min(large.min(), small.min()) >= 0 and max(large.max(), small.max()) <= 1
+    assert large.shape == (10, 3, 32, 32)
+    assert small.shape == (15, 3, 16, 16)
+    for x in (large, small):
+        assert 0 <= x.min() < x.max() <= 1
     assert not torch.equal(large[:5], large[5:])
     assert not torch.equal(small[:5], small[5:10])
     args.local_views = 0
     assert len(dino.multi_crop(images, args, generator())) == 1
 
 
+@pytest.mark.parametrize(("S", "p", "half"), [(32, 4, 16), (36, 4, 16), (96, 8, 48), (32, 32, 32)])
+def test_local_views_are_whole_patches(S, p, half):
+    args = dino.parse_args(["--local-views", "1", "--patch-size", str(p)])
+    images = torch.zeros(2, 3, S, S, dtype=torch.uint8)
+    _, small = dino.multi_crop(images, args, generator())
+    assert small.shape == (2, 3, half, half)
+
+
+def drawn(monkeypatch, S):
+    """Calls of the augmentations of four images, by name: the number of images, and the rest."""
+    seen = {}
+    for name in ("resized_crop", "gaussian_blur", "solarize", "grayscale"):
+        calls = seen[name] = []
+
+        def record(x, *values, calls=calls, **options):
+            calls.append((len(x), *values[:1], *options.values(), *values[2:]))
+            return x
+
+        def record_last(x, *values, calls=calls, **options):
+            calls.append((len(x), *values[1:], *options.values()))
+            return x
+
+        spied = record if name == "resized_crop" else record_last
+        monkeypatch.setattr(common, f"random_{name}", spied)
+    flags = ["--crop", "0.5", "--local-crop", "0.1", "--local-views", "2"]
+    args = dino.parse_args([*flags, "--solarize", "0.2", "--gray", "0.3"])
+    dino.multi_crop(torch.zeros(4, 3, S, S, dtype=torch.uint8), args, generator())
+    return seen
+
+
 @pytest.mark.parametrize("S", [32, 96])
-def test_global_and_local_views_have_their_own_crops_blur_and_solarization(monkeypatch, S):
-    seen = []
-    for name in ("random_resized_crop", "random_gaussian_blur", "random_solarize", "random_grayscale"):
-        call = lambda x, *values, name=name, **more: seen.append((name, len(x), *values, *more.values())) or x  # noqa: E731
-        monkeypatch.setattr(common, name, call)
-    words = ["--crop", "0.5", "--local-crop", "0.1", "--local-views", "2", "--solarize", "0.2", "--gray", "0.3"]
-    g = generator()
-    dino.multi_crop(torch.zeros(4, 3, S, S, dtype=torch.uint8), dino.parse_args(words), g)
-    crops = [(4, S, g, (0.5, 1.0)), (4, S, g, (0.5, 1.0)), (8, S // 2, g, (0.1, 0.5))]
-    assert [values for name, *values in seen if name == "random_resized_crop"] == [list(crop) for crop in crops]
-    blurs = [values for name, *values in seen if name == "random_gaussian_blur"]
-    assert blurs == ([[4, g, 1.0], [4, g, 0.1], [8, g, 0.5]] if S == 96 else [])
-    assert [values for name, *values in seen if name == "random_solarize"] == [[4, g, 0.2]]
-    assert [values for name, *values in seen if name == "random_grayscale"] == [[n, g, 0.3] for n in (4, 4, 8)]
+def test_every_kind_of_view_has_its_augmentations(monkeypatch, S):
+    seen = drawn(monkeypatch, S)
+    large = (4, S, (0.5, 1.0))
+    assert seen["resized_crop"] == [large, large, (8, S // 2, (0.1, 0.5))]
+    assert seen["grayscale"] == [(4, 0.3), (4, 0.3), (8, 0.3)]
+    assert seen["solarize"] == [(4, 0.2)]
+    assert seen["gaussian_blur"] == ([(4, 1.0), (4, 0.1), (8, 0.5)] if S > 64 else [])
 
 
-# --- Official names -------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# Official names
+# ==================================================================================================
 
 
-def official_block(D):
+def official_block(name, D):
     """Names and shapes of a block of width D in the authors' code and in timm."""
-    return {
+    shapes = {
         "norm1.weight": (D,), "norm1.bias": (D,),
         "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
         "attn.proj.weight": (D, D), "attn.proj.bias": (D,),
@@ -189,21 +408,51 @@ def official_block(D):
         "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,),
         "mlp.fc2.weight": (D, 4 * D), "mlp.fc2.bias": (D,),
     }  # fmt: skip
+    return {f"{name}.{inner}": shape for inner, shape in shapes.items()}
 
 
-@pytest.mark.parametrize(("name", "patch", "D"), [("vit_small", 16, 384), ("vit_small", 8, 384), ("vit_base", 16, 768)])
-def test_official_weights_load_strictly(name, patch, D):
+def official(D, blocks, patch, tokens):
     """dino_deitsmall16_pretrain.pth and its siblings."""
-    official = {
-        "cls_token": (1, 1, D), "pos_embed": (1, 1 + (224 // patch) ** 2, D),
+    shapes = {
+        "cls_token": (1, 1, D), "pos_embed": (1, tokens, D),
         "patch_embed.proj.weight": (D, 3, patch, patch), "patch_embed.proj.bias": (D,),
-        **{f"blocks.{i}.{name}": shape for i in range(12) for name, shape in official_block(D).items()},
         "norm.weight": (D,), "norm.bias": (D,),
     }  # fmt: skip
+    for i in range(blocks):
+        shapes |= official_block(f"blocks.{i}", D)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "D"), [("vit_small", 16, 384), ("vit_small", 8, 384), ("vit_base", 16, 768)]
+)
+def test_official_weights_load_strictly(name, patch, D):
+    shapes = official(D, 12, patch, 1 + (224 // patch) ** 2)
     with torch.device("meta"):
         model = dino.VisionTransformer(224, patch, *dino.ENCODERS[name])
-        model.load_state_dict({key: torch.empty(s) for key, s in official.items()}, strict=True, assign=True)
-    assert sorted(tuple(value.shape) for value in model.state_dict().values()) == sorted(official.values())
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+        model.load_state_dict(weights, strict=True, assign=True)
+    found = [tuple(value.shape) for value in model.state_dict().values()]
+    assert sorted(found) == sorted(shapes.values())
+
+
+@pytest.fixture
+def authors_file(tmp_path, monkeypatch):
+    """Such a file, and an encoder that it fits, which is small."""
+    monkeypatch.setitem(dino.ENCODERS, "vit_tiny", (32, 2, 2))
+    shapes = official(32, 2, 8, 17)
+    weights = {name: logits(*shape) for name, shape in shapes.items()}
+    torch.save(weights, tmp_path / "authors.pth")
+    return tmp_path / "authors.pth"
+
+
+FITTING = "--encoder", "vit_tiny", "--patch-size", "8"
+
+
+def test_a_run_begins_with_the_authors_weights(tiny_shapes, authors_file, tmp_path):
+    run = tmp_path / "run"
+    small_run(tiny_shapes, run, "--init", authors_file, *FITTING, "--epochs", 0)
+    assert_same(load(run / "encoder.pt"), load(authors_file))
 
 
 def tiny_vit(image_size=16):
@@ -216,38 +465,42 @@ def tiny_vit(image_size=16):
 
 def test_features_are_those_of_timm():
     encoder = tiny_vit()
-    other = timm.models.VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool=""
-    ).eval()
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    other = timm.models.VisionTransformer(**sizes, num_classes=0, global_pool="").eval()
     other.load_state_dict(encoder.state_dict(), strict=True)
     images = torch.rand(3, 3, 16, 16)
     tokens = other(images)  # (3, 17, 32)
-    assert torch.allclose(encoder.tokens(images), tokens, atol=1e-5)
-    assert torch.allclose(encoder(images), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-5)
+    torch.testing.assert_close(encoder.tokens(images), tokens, atol=1e-5, rtol=1e-5)
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+    torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-5)
+    class_token = dino.ClassToken(encoder)(images)
+    torch.testing.assert_close(class_token, tokens[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_tokens_are_patches_with_positions_and_the_class_token_is_first():
-    encoder, images = tiny_vit(), torch.rand(2, 3, 16, 16, generator=generator())
-    patches = torch.nn.functional.unfold(images, 4, stride=4).mT  # (2, 16, 3 * 4 * 4)
-    tokens = patches @ encoder.patch_embed["proj"].weight.flatten(1).T + encoder.patch_embed["proj"].bias
-    x = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], 1) + encoder.pos_embed
+def test_tokens_are_patches_with_positions_after_the_class_token():
+    encoder = tiny_vit()
+    images = torch.rand(2, 3, 16, 16, generator=generator())
+    patches = nn.functional.unfold(images, 4, stride=4).mT  # (2, 16, 3 * 4 * 4)
+    embed = encoder.patch_embed["proj"]
+    tokens = patches @ embed.weight.flatten(1).T + embed.bias
+    x = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], dim=1) + encoder.pos_embed
     first, last = encoder.blocks
-    assert torch.allclose(encoder.last_input(images), first(x), atol=1e-5)
+    torch.testing.assert_close(encoder.last_input(images), first(x), atol=1e-5, rtol=1e-5)
     y = encoder.norm(last(first(x)))
-    assert torch.allclose(encoder(images), torch.cat([y[:, 0], y[:, 1:].mean(1)], 1), atol=1e-5)
+    torch.testing.assert_close(encoder.tokens(images), y, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_is_that_of_the_last_block():
-    encoder, images = tiny_vit(), torch.rand(3, 3, 16, 16)
+    encoder = tiny_vit()
+    images = torch.rand(3, 3, 16, 16)
     maps = encoder.attention(images)
     assert maps.shape == (3, 2, 16)
-    last, inputs = encoder.blocks[-1], []
-    last.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-    encoder(images)
-    q, k, _ = last.attn["qkv"](last.norm1(inputs[0])).chunk(3, dim=2)
+    last = encoder.blocks[-1]
+    x = last.norm1(encoder.last_input(images))
+    q, k, _ = last.attn["qkv"](x).chunk(3, dim=2)
     for head, c in enumerate((slice(0, 16), slice(16, 32))):
         weights = (q[:, 0, None, c] @ k[:, :, c].mT / 4).softmax(2)  # (3, 1, 17)
-        assert torch.allclose(maps[:, head], weights[:, 0, 1:], atol=1e-6)
+        torch.testing.assert_close(maps[:, head], weights[:, 0, 1:], atol=1e-6, rtol=1e-5)
 
 
 def test_positions_are_interpolated_for_other_sizes():
@@ -259,227 +512,374 @@ def test_positions_are_interpolated_for_other_sizes():
     encoder.pos_embed.data[:, 1:] = ramp.reshape(1, 16, 1)
     small = encoder.positions(5)[0, 1:, 0].view(2, 2)
     assert torch.equal(encoder.positions(5)[:, 0], encoder.pos_embed[:, 0])
-    assert torch.allclose(small[0], small[1]) and small[0, 0] < 1 < 2 < small[0, 1]  # rows alike, columns apart
+    assert torch.allclose(small[0], small[1])  # rows alike,
+    assert small[0, 0] < 1 < 2 < small[0, 1]  # columns apart
 
 
 @pytest.mark.parametrize(("encoder", "D"), [("small", 96), ("vit_tiny", 192)])
 def test_every_encoder_takes_views_of_both_sizes(encoder, D):
-    args = dino.parse_args(["--encoder", encoder, "--patch-size", "8", "--out-dim", "16"])
-    model = dino.DINO(args)
-    assert model.student(torch.rand(4, 3, 32, 32), torch.rand(6, 3, 16, 16)).shape == (10, 16)
-    assert model.teacher.encoder(torch.rand(2, 3, 32, 32)).shape == (2, 2 * D)
+    flags = ["--encoder", encoder, "--patch-size", "8", "--out-dim", "16"]
+    model = dino.DINO(dino.parse_args(flags))
+    large = torch.rand(4, 3, 32, 32)
+    assert model.student(large, torch.rand(6, 3, 16, 16)).shape == (10, 16)
+    assert model.teacher.encoder(large).shape == (4, 2 * D)
 
 
 def test_the_stem_sees_neither_brightness_nor_contrast():
     torch.manual_seed(0)
-    stem, x = dino.ConvStem(8, 16).eval(), torch.rand(2, 3, 32, 32)
-    assert stem(x).shape == (2, 16, 4, 4) and stem(torch.rand(2, 3, 16, 16)).shape == (2, 16, 2, 2)
+    stem = dino.ConvStem(8, 16).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert stem(x).shape == (2, 16, 4, 4)
     shift = torch.tensor([1.0, -2.0, 3.0])[:, None, None]
-    assert torch.allclose(stem(x), stem(x + shift), atol=1e-4)
-    assert torch.allclose(stem(10 * x), stem(20 * x), atol=0.05)
-    left, right = stem(torch.cat([x[:, :, :, :16], 0.5 * torch.ones(2, 3, 32, 16)], 3)), stem(x)
-    assert not torch.allclose(left, right, atol=0.05)
+    torch.testing.assert_close(stem(x), stem(x + shift), atol=1e-4, rtol=0)
+    torch.testing.assert_close(stem(10 * x), stem(20 * x), atol=0.05, rtol=0)
+    half = torch.cat([x[:, :, :, :16], 0.5 * torch.ones(2, 3, 32, 16)], dim=3)
+    assert not torch.allclose(stem(half), stem(x), atol=0.05)
 
 
-# --- Figures --------------------------------------------------------------------------------------------------------
-
-
-def test_patches_of_a_background_are_black_and_the_same_parts_have_the_same_color():
-    tokens = torch.zeros(3, 8, 8, 5) + 0.01 * logits(3, 8, 8, 5)
-    tokens[:, 2:6, 2:6, 0] += 10  # a thing in the middle
-    tokens[:, 2:4, 2:6, 1] += 2  # its upper part
-    tokens[:, 2:6, 2:4, 2] += 1  # its left part
-    colors = dino.pca_colors(tokens.flatten(1, 2)).view(3, 8, 8, 3)
-    thing = torch.zeros(8, 8, dtype=torch.bool)
-    thing[2:6, 2:6] = True
-    assert ((colors == 0).all(3) == ~thing).float().mean() > 0.98
-    upper, lower = colors[:, 2:4, 2:6].flatten(0, 2), colors[:, 4:6, 2:6].flatten(0, 2)
-    assert ((upper[:, 0] - lower[:, 0].mean()).abs() > 0.8).all() and upper[:, 0].std() < 0.1  # in all images
-
-
-def test_figures_of_constant_images_and_of_a_collapsed_encoder(tmp_path):
-    assert torch.equal(dino.pca_colors(torch.ones(2, 64, 5)), torch.zeros(2, 64, 3))
-    encoder = tiny_vit()
-    for p in encoder.parameters():
-        p.data.zero_()
-    dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), encoder, "-zero")
-    dino.save_figures(tmp_path, torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), tiny_vit())
-    flat, attention, pca = (pixels(tmp_path / f"{name}.png") for name in ("attention-zero", "attention", "pca"))
-    assert flat.shape == attention.shape == (3, 136, 6 * 132 + 4) and pca.shape == (3, 2 * 132 + 4, 6 * 132 + 4)
-    assert flat[:, 4:132, 136:264].max() == 0 < attention[:, 4:132, 136:264].max()  # an image and two heads: no NaN
-
-
-# --- Runs -----------------------------------------------------------------------------------------------------------
-
-
-def tiny_run(data, out, *flags):
-    """main on 96 shapes: two epochs of three steps, with two global and two local views."""
-    flags = "--epochs", "2", "--batch-size", "32", "--eval-every", "1", "--local-views", "2", *flags
-    return dino.main(dino.parse_args(["--dataset", str(data), "--encoder", "small", "--out", str(out), *flags]))
-
-
-class Killed(BaseException):
-    """What no code catches."""
+# ==================================================================================================
+# Figures
+# ==================================================================================================
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny_shapes, tmp_path_factory):
-    return (folder := tmp_path_factory.mktemp("unbroken") / "run"), tiny_run(tiny_shapes, folder)
+def part_colors():
+    """Colors of three images with a thing in the middle, which has an upper and a left part."""
+    tokens = 0.01 * logits(3, 8, 8, 5)
+    tokens[:, 2:6, 2:6, 0] += 10
+    tokens[:, 2:4, 2:6, 1] += 2
+    tokens[:, 2:6, 2:4, 2] += 1
+    return dino.pca_colors(tokens.flatten(1, 2)).view(3, 8, 8, 3)
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shapes, unbroken, tmp_path):
-    calls, loss = [], dino.dino_loss
-
-    def dino_loss(*args):
-        calls.append(1)
-        if len(calls) == 5:  # of three an epoch: a checkpoint is there
-            raise Killed
-        return loss(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(dino, "dino_loss", dino_loss)
-        tiny_run(tiny_shapes, tmp_path / "run")
-    summary = dino.main(dino.parse_args(["--resume", str(tmp_path / "run")]))
-    assert summary["trained"] == unbroken[1]["trained"]
-    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (tmp_path / "run", unbroken[0]))
-    assert set(a["model"]) == set(b["model"]) and a["model"]["center"].abs().max() > 0
-    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
-    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+def test_the_background_is_black(part_colors):
+    thing = torch.zeros(8, 8, dtype=torch.bool)
+    thing[2:6, 2:6] = True
+    assert ((part_colors == 0).all(3) == ~thing).float().mean() > 0.98
 
 
-def test_files_of_a_run(unbroken):
-    run, summary = unbroken
-    names = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt", ".lock"}
-    figures = {"views.png", "attention.png", "attention-untrained.png", "pca.png", "pca-untrained.png"}
-    assert {path.name for path in run.iterdir()} == names | figures
+def test_like_parts_of_all_images_have_like_colors(part_colors):
+    upper = part_colors[:, 2:4, 2:6].flatten(0, 2)
+    lower = part_colors[:, 4:6, 2:6].flatten(0, 2)
+    assert ((upper[:, 0] - lower[:, 0].mean()).abs() > 0.8).all()
+    assert upper[:, 0].std() < 0.1
+
+
+def test_equal_patches_are_all_background():
+    assert torch.equal(dino.pca_colors(torch.ones(2, 64, 5)), torch.zeros(2, 64, 3))
+
+
+def test_attention_maps_run_from_black_to_white():
+    images = torch.randint(256, (3, 3, 16, 16), generator=generator(), dtype=torch.uint8)
+    maps = dino.attention_maps(tiny_vit(), images)
+    assert maps.shape == (2, 3, 3, 128, 128)
+    assert (maps.amin((2, 3, 4)) == 0).all()
+    assert (maps.amax((2, 3, 4)) == 1).all()
+    weights = tiny_vit().attention(dino.as_patches(images, 4))[1, 0].view(32, 32)
+    brightest = maps[0, 1, 0, ::4, ::4].flatten().argmax()
+    assert brightest == weights.flatten().argmax()
+
+
+def test_maps_of_a_collapsed_encoder_are_black():
+    encoder = tiny_vit()
+    for p in encoder.parameters():
+        p.data.zero_()
+    images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    assert (dino.attention_maps(encoder, images) == 0).all()
+    assert (dino.part_maps(encoder, images) == 0).all()
+
+
+# ==================================================================================================
+# Runs
+# ==================================================================================================
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_a_run_leaves_its_files(unbroken):
+    assert files(unbroken) == RESULTS
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert summary["method"] == "dino"
     accuracies = {"knn", "knn_20", "linear_probe", "knn_with_mean", "linear_probe_with_mean"}
-    assert set(summary["trained"]) == set(summary["untrained"]) == accuracies and summary["method"] == "dino"
-    for line in summary["history"]:
-        assert line["loss"] == pytest.approx(line["entropy"] + line["kl"]) and line["kl"] > 0
-        assert 0 <= line["entropy"] <= line["entropy_of_mean"] <= math.log(256)
+    assert set(summary["trained"]) == set(summary["untrained"]) == accuracies
+    terms = {"loss", "entropy", "entropy_of_mean", "kl"}
+    assert summary["history"][0].keys() == terms | {"epoch", "knn", "seconds"}
     encoder = dino.VisionTransformer(32, 8, *dino.ENCODERS["small"], stem=True)
-    encoder.load_state_dict(torch.load(run / "encoder.pt", weights_only=True))
-    teacher = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(value, teacher[f"teacher.encoder.{key}"]) for key, value in encoder.state_dict().items())
+    encoder.load_state_dict(load(unbroken / "encoder.pt"))
+    checkpoint = load(unbroken / "checkpoint.pt")["model"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, checkpoint[f"teacher.encoder.{name}"])
 
 
-def test_an_image_of_ones_own_is_shown(unbroken, tmp_path):
-    run, before = unbroken[0], (unbroken[0] / "args.json").read_text()
-    torchvision.utils.save_image(torch.rand(3, 50, 70), tmp_path / "own.png")
-    dino.main(dino.parse_args(["--resume", str(run), "--show", str(tmp_path / "own.png")]))
-    assert pixels(run / "attention-show.png").shape == (3, 136, 4 * 132 + 4)  # the image, and three heads
-    assert pixels(run / "pca-show.png").shape == (3, 136, 2 * 132 + 4) and (run / "args.json").read_text() == before
-    (tmp_path / "none.png").write_text("no image")
-    with pytest.raises(common.UserError, match="none.png"):
-        dino.main(dino.parse_args(["--resume", str(run), "--show", str(tmp_path / "none.png")]))
+def test_figures_have_the_size_of_a_slide(unbroken):
+    for name in FIGURES:
+        width, height = size_of(unbroken / name)
+        assert width > 900
+        assert height > 500
 
 
-@pytest.mark.parametrize(("centering", "moves"), [("--centering", True), ("--no-centering", False)])
-def test_in_training_local_views_never_reach_the_teacher_and_the_last_layer_waits(
-    tiny_shapes, tmp_path, monkeypatch, centering, moves
-):
-    seen, last, decays, temperatures = {"student": [], "teacher": []}, [], [], []
-    forward, save_epoch, step, loss = dino.Network.forward, dino.save_epoch, torch.optim.AdamW.step, dino.dino_loss
-
-    def recorded(network, *views):
-        seen["student" if next(network.parameters()).requires_grad else "teacher"].append([len(x) for x in views])
-        return forward(network, *views)
-
-    def saved(args, state, *rest):
-        last.append(state["model"].student.last_layer.weight.detach().clone())
-        assert bool(state["model"].center.abs().max() > 0) == moves
-        save_epoch(args, state, *rest)
-
-    def stepped(optimizer, *args, **kwargs):
-        decays.append([group["weight_decay"] for group in optimizer.param_groups])
-        return step(optimizer, *args, **kwargs)
-
-    def dino_loss(*args):
-        temperatures.append(args[4])
-        return loss(*args)
-
-    monkeypatch.setattr(dino.Network, "forward", recorded)
-    monkeypatch.setattr(dino, "save_epoch", saved)
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
-    monkeypatch.setattr(dino, "dino_loss", dino_loss)
-    flags = "--teacher-temperature-start", "0.02", "--teacher-temperature", "0.08", centering
-    tiny_run(tiny_shapes, tmp_path / "run", *flags)
-    assert seen["student"] == [[64, 64]] * 6  # two global views of 32 images, and two local ones
-    assert seen["teacher"] == [[64]] * 6
-    start = dino.DINO(dino.parse_args(["--resume", str(tmp_path / "run")])).student.last_layer.weight.shape
-    assert last[0].shape == start and not torch.equal(last[0], last[1])
-    torch.manual_seed(0)
-    initial = dino.DINO(dino.parse_args(["--resume", str(tmp_path / "run")])).student.last_layer.weight
-    assert torch.equal(last[0], initial)  # it waits an epoch
-    matrices, others = zip(*decays, strict=True)
-    assert matrices == pytest.approx([dino.cosine(0.04, 0.4, n / 6) for n in range(6)]) and set(others) == {0}
-    assert temperatures == pytest.approx([0.02 + 0.06 * min(1, n / 6 / 0.3) for n in range(6)])
+def test_the_probes_read_class_token_and_patch_mean(unbroken, tiny_shapes):
+    data = common.load_dataset(str(tiny_shapes))
+    encoder = dino.VisionTransformer(32, 8, *dino.ENCODERS["small"], stem=True)
+    encoder.load_state_dict(load(unbroken / "encoder.pt"))
+    trained = json.loads((unbroken / "summary.json").read_text())["trained"]
+    x = dino.features(encoder, data.train_images)
+    test_x = dino.features(encoder, data.test_images)
+    y = data.train_labels
+    test_y = data.test_labels
+    expected = {
+        "knn": dino.knn_accuracy(x[:, :96], y, test_x[:, :96], test_y),
+        "knn_with_mean": dino.knn_accuracy(x, y, test_x, test_y),
+        "knn_20": dino.knn_accuracy(x[:, :96], y, test_x[:, :96], test_y, 20, 0.07),
+    }
+    assert trained | expected == trained
 
 
-def test_it_learns(some_shapes, tmp_path):
-    summary = tiny_run(some_shapes, tmp_path / "run", "--epochs", "5", "--lr", "0.012", "--local-views", "0")
-    first, *_, last = (line["entropy_of_mean"] - line["entropy"] - line["kl"] for line in summary["history"])
-    assert first < 0 < last  # it knows more of a target than the mean of all targets tells, which a collapse excludes
-
-
-def test_plain_images_are_pretrained_on(tmp_path):
-    (tmp_path / "album").mkdir()
-    for i, image in enumerate(common.load_dataset("shapes").train_images[:40]):
-        torchvision.utils.save_image(image / 255, tmp_path / f"album/{i}.png")
-    flags = "--data-dir", str(tmp_path / "cache"), "--epochs", "1"
-    summary = tiny_run(tmp_path / "album", tmp_path / "run", *flags)
-    assert summary["trained"] == summary["untrained"] == {} and (tmp_path / "run/pca.png").exists()
+def test_held_out_labels_are_predicted_from_the_class_token(tiny_shapes, tmp_path, monkeypatch):
+    calls = spy(monkeypatch, dino, "monitor")
+    small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
+    ((network, _),) = calls
+    assert type(network) is dino.ClassToken
+    assert_same(dict(network.encoder.state_dict()), load(tmp_path / "run/encoder.pt"))
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--patch-size", "5"], "--patch-size 5: must divide the side, 32"),
-        (
-            ["--patch-size", "6", "--encoder", "small"],
-            "--patch-size 6: must divide the side, 32, and be a power of 2",
-        ),
-        (["--local-views", "2", "--local-crop", "0.95"], "--local-crop 0.95: must not be above --crop 0.9"),
-        (["--teacher-temperature", "0"], "--teacher-temperature 0.0: must be from 0.001 to inf"),
-        (["--momentum", "1.1"], "--momentum 1.1: must be from 0 to 1"),
-        (["--encoder", "resnet18"], "--encoder: invalid choice: 'resnet18'"),
-        (["--batch-size", "5000"], "--batch-size 5000: at most the 4096 images"),
-        (["--show", "image.png"], "--resume RUN: must be the folder of a finished run of dino.py"),
-    ],
+    ("module", "name", "call"),
+    [(dino, "dino_loss", 5), (Path, "replace", 8), (Path, "replace", 10)],
 )
-def test_bad_input(tmp_path, monkeypatch, capsys, words, message):
+def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, module, name, call):
+    run = tmp_path / "run"
+    with killed_at(module, name, call):  # of three steps an epoch
+        small_run(tiny_shapes, run)
+    assert not (run / "summary.json").exists()
+    resumed(run)
+    assert_ended_alike(run, unbroken, "untrained", "trained")
+    assert files(run) == RESULTS
+
+
+def test_a_finished_run_is_measured_again_alike(unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    before = (run / "attention-untrained.png").read_bytes()
+    resumed(run)
+    assert_ended_alike(run, unbroken, "untrained", "trained")
+    assert (run / "attention-untrained.png").read_bytes() == before
+
+
+def test_a_new_run_begins_with_an_encoder(unbroken, tiny_shapes, tmp_path):
+    run = tmp_path / "run"
+    small_run(tiny_shapes, run, "--init", unbroken / "encoder.pt", "--epochs", 1, "--lr", 0)
+    assert_same(load(run / "encoder.pt"), load(unbroken / "encoder.pt") | running_means(run))
+    first = load(run / "checkpoint.pt")["model"]
+    weights = load(unbroken / "encoder.pt")
+    assert torch.equal(first["student.encoder.cls_token"], weights["cls_token"])
+
+
+def running_means(run):
+    """Of batch norm in the stem, which are of the views and not learned."""
+    weights = load(run / "encoder.pt")
+    return {k: x for k, x in weights.items() if "running" in k or "num_batches" in k}
+
+
+def test_it_learns(some_shapes, tmp_path):
+    flags = "--epochs", "5", "--lr", "0.012", "--local-views", "0", "--eval-every", "5"
+    history = small_run(some_shapes, tmp_path / "run", *flags)["history"]
+    # What the student knows of a target beyond the mean target, which a collapse excludes.
+    known = [line["entropy_of_mean"] - line["entropy"] - line["kl"] for line in history]
+    assert known[0] < 0 < known[-1]
+
+
+def album(folder, count):
+    """A folder of plain images."""
+    folder.mkdir()
+    for i, image in enumerate(common.load_dataset("shapes").train_images[:count]):
+        torchvision.utils.save_image(image / 255, folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("count", [12, 60])
+def test_plain_images_are_pretrained_on(tmp_path, count):
+    flags = "--data-dir", tmp_path / "cache", "--epochs", 1, "--batch-size", 8
+    summary = small_run(album(tmp_path / "album", count), tmp_path / "run", *flags)
+    assert summary["trained"] == summary["untrained"] == {}
+    assert files(tmp_path / "run") == RESULTS
+
+
+BAD = [
+    (["--patch-size", "5"], "--patch-size 5: must divide the images' side, 32"),
+    (["--patch-size", "32", "--image-size", "32", "--encoder", "resnet18"], "invalid choice"),
+    (["--local-views", "2", "--local-crop", "0.95"], "--local-crop 0.95: must be at most --crop"),
+    (["--teacher-temperature", "0"], "--teacher-temperature 0.0: must be at least 0.001"),
+    (["--ema-momentum", "1.1"], "--ema-momentum 1.1: must be from 0 to 1"),
+    (["--momentum", "0.9"], "unrecognized arguments: --momentum 0.9; did you mean --ema-momentum?"),
+    (["--batch-size", "5000"], "--batch-size 5000: must be from 2 to 4096, the number of images"),
+    (["--init", "none.pt"], "--init none.pt: does not fit --encoder small"),
+    (["--resume", "nothing"], "--resume nothing: there is no run of dino.py in this folder"),
+    (["--show", "a.png"], "--show: needs --resume with a finished run, or --init with weights"),
+    (["--show", "a.png", "--init", "none.pt"], "none.pt: holds no weights of --encoder small"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, error_of, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dino.py", *words])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "dino.py"), run_name="__main__")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and message in line and list(tmp_path.iterdir()) == []
+    assert message in error_of(dino.run, *flags)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_recipes_fit_the_data(tmp_path, monkeypatch):
-    for words in ([], ["--dataset", "cifar10"], ["--dataset", "cifar10", "--encoder", "small"]):
-        args = dino.parse_args(words)
-        assert 32 % args.patch_size == 0 and args.teacher_temperature_start <= args.teacher_temperature < 0.1
-    common_data = torch.randint(256, (45, 3, 96, 96), dtype=torch.uint8), torch.arange(45) % 2
-    data = common.Dataset(*common_data, *common_data, ["a", "b"])
-    monkeypatch.setattr(common, "load_dataset", lambda *_: data)
-    monkeypatch.setattr(dino, "pretrain", lambda *_: [{"epoch": 1, "seconds": 1.0}])
+def test_the_stems_patches_are_powers_of_two(tmp_path, error_of):
+    images = np.zeros((40, 36, 36, 3), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    names = "train_images", "train_labels", "test_images", "test_labels"
+    path = tmp_path / "36.npz"
+    np.savez(path, **dict(zip(names, (images, labels) * 2, strict=True)))
+    flags = "--dataset", path, "--encoder", "small", "--image-size", 36, "--patch-size", 6
+    line = error_of(dino.run, *flags, "--out", tmp_path / "run")
+    assert "--patch-size 6: must be a power of 2" in line
+
+
+TRAINING_FLAGS = {"dataset", "image_size", "encoder", "init", "patch_size", "out_dim"}
+TRAINING_FLAGS |= {"teacher_temperature", "teacher_temperature_start", "centering"}
+TRAINING_FLAGS |= {"ema_momentum", "local_views", "crop", "local_crop", "gray", "solarize"}
+TRAINING_FLAGS |= {"epochs", "batch_size", "lr", "warmup", "weight_decay", "weight_decay_end"}
+TRAINING_FLAGS |= {"eval_every", "seed", "out"}
+
+
+def test_only_flags_that_do_not_train_go_with_resume(unbroken, error_of):
+    flags = dino.flags_of(dino.Args)
+    assert {name for name in flags if not flags[name].metadata["resume"]} == TRAINING_FLAGS
+    line = error_of(dino.run, "--resume", unbroken, "--epochs", 3)
+    assert "--epochs: a resumed run keeps the flags it was started with" in line
+
+
+@pytest.mark.parametrize("flags", [[], ["cifar10"], ["cifar10", "--encoder", "small"]])
+def test_recipes_fit_the_data(flags):
+    args = dino.parse_args(["--dataset", *flags] if flags else [])
+    assert 32 % args.patch_size == 0
+    assert args.teacher_temperature_start <= args.teacher_temperature < 0.1
+
+
+def test_large_images_have_a_recipe_of_their_own(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (45, 96, 96, 3), dtype=np.uint8)
+    labels = np.arange(45) % 2
+    arrays = {"train_images": images, "train_labels": labels}
+    arrays |= {"test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "large.npz", **arrays)
+    for name in ("pretrain", "save_attention", "save_parts"):
+        monkeypatch.setattr(dino, name, lambda *_: [])
     monkeypatch.setattr(dino, "evaluate", lambda *_: {})
-    monkeypatch.setattr(dino, "save_figures", lambda *_: None)
-    words = ["--dataset", "large", "--out-dim", "16", "--local-views", "3", "--out", str(tmp_path / "run")]
-    args = dino.main(dino.parse_args(words))["args"]
+    flags = ["--dataset", str(tmp_path / "large.npz"), "--out", str(tmp_path / "run")]
+    flags += ["--out-dim", "16", "--local-views", "3"]
+    args = dino.main(dino.parse_args(flags))["args"]
     assert (args["batch_size"], args["encoder"], args["patch_size"]) == (45, "vit_small", 8)
     assert (args["out_dim"], args["local_views"]) == (16, 3)  # what was typed stays
 
 
-def test_two_processes_do_what_one_does(two_processes):
-    folder, printed = two_processes
-    for name in ("center", "gradient"):
-        for rank in range(2):
-            assert float((folder / f"dino-{name}-{rank}.txt").read_text()) < 1e-10
-    models = [torch.load(folder / f"dino-{rank}.pt", weights_only=True) for rank in range(2)]
-    assert models[0].keys() == models[1].keys() >= {"center", "teacher.last_layer.weight"}
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    out = printed[0][printed[0].index("dino on") :]
-    assert [out.count(f"epoch {epoch}/") for epoch in (1, 2, 3)] == [1, 1, 1] and "epoch 3/3" in out  # it was resumed
-    assert printed[1] == "" and (folder / "dino/summary.json").exists()
+# ==================================================================================================
+# Images of one's own
+# ==================================================================================================
+
+
+def test_an_image_is_shown_by_a_run(unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    torchvision.utils.save_image(torch.rand(3, 50, 70), tmp_path / "a photo.png")
+    before = (run / "args.json").read_text()
+    figure = resumed(run, "--show", tmp_path / "a photo.png")
+    assert figure == run / "show-a photo.png"
+    width, height = size_of(figure)
+    assert width > 5 * 128  # the image, three heads, its parts
+    assert height > 128
+    assert (run / "args.json").read_text() == before
+
+
+def test_images_of_a_folder_share_their_components(unbroken, tmp_path, monkeypatch):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    folder = album(tmp_path / "album", 5)
+    calls = spy(monkeypatch, dino, "pca_colors")
+    figure = resumed(run, "--show", folder, folder / "00.png")
+    ((tokens,),) = calls
+    assert tokens.shape == (6, 32 * 32, 96)
+    assert figure == run / "show-album.png"
+    assert size_of(figure)[1] > 6 * 128
+
+
+def test_of_many_images_sixteen_are_shown(unbroken, tmp_path, capsys):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    figure = resumed(run, "--show", album(tmp_path / "album", 18))
+    assert "--show: the first 16 of 18 images" in capsys.readouterr().out
+    assert 16 * 128 < size_of(figure)[1] < 18 * 128
+
+
+def test_images_are_shown_by_the_authors_weights(authors_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = spy(monkeypatch, dino, "attention_maps")
+    images = album(tmp_path / "album", 2)
+    flags = ["--init", str(authors_file), *FITTING, "--show", str(images)]
+    figure = dino.main(dino.parse_args(flags))
+    ((encoder, shown),) = calls
+    assert_same(dict(encoder.state_dict()), load(authors_file))
+    assert shown.shape == (2, 3, 256, 256)  # 32 patches a side
+    assert figure == Path("runs/dino-show/show-album.png")
+    assert figure.exists()
+
+
+def test_what_cannot_be_shown_is_named(unbroken, tmp_path, error_of):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "none.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("none.png", "none.png: not a readable image"),
+        ("missing.png", "missing.png: not a readable image"),
+        ("empty", "empty: there are no images in it"),
+    ):
+        assert message in error_of(dino.run, "--resume", run, "--show", tmp_path / name)
+    (run / "encoder.pt").unlink()
+    line = error_of(dino.run, "--resume", run, "--show", tmp_path / "none.png")
+    assert "encoder.pt: holds no weights of --encoder small --patch-size 8" in line
+    assert files(run) == RESULTS - {"encoder.pt"}
+
+
+# ==================================================================================================
+# Two processes
+# ==================================================================================================
+
+
+def both_compute_center_and_gradients():
+    torch.manual_seed(0)
+    args = dino.parse_args(["--encoder", "small"])
+    model = dino.DINO(args).double().eval()  # batch norm is not synchronized on CPUs
+    whole = copy.deepcopy(model)
+    network = nn.parallel.DistributedDataParallel(model)
+    large = torch.rand(2, 6, 3, 32, 32, generator=generator(1)).double()  # views of six images
+    small = torch.rand(3, 6, 3, 16, 16, generator=generator(2)).double()
+
+    def loss_of(network, rows):
+        views = large[:, rows].flatten(0, 1), small[:, rows].flatten(0, 1)
+        student_logits, teacher_logits = network(*views)
+        student_logits = student_logits.unflatten(0, (5, -1))
+        teacher_logits = teacher_logits.unflatten(0, (2, -1))
+        loss = dino.dino_loss(student_logits, teacher_logits, model.center, 0.1, 0.04)
+        return loss, teacher_logits
+
+    loss, all_logits = loss_of(whole, torch.arange(6))
+    loss.backward()
+    loss, own_logits = loss_of(network, torch.arange(6)[dino.RANK :: 2])
+    loss.backward()
+    for p, q in zip(model.student.parameters(), whole.student.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10)
+    center = dino.update_center(model.center, own_logits, 0.9)
+    torch.testing.assert_close(center, 0.1 * all_logits.mean((0, 1)), rtol=1e-10, atol=1e-10)
+
+
+def both_train(data, folder):
+    both_compute_center_and_gradients()
+    train_and_resume(dino, words(data, folder), folder, "dino_loss")
+
+
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+    printed = in_two_processes(both_train, tiny_shapes, tmp_path)
+    assert_resumed_in_both(tmp_path, printed)
+    assert load(tmp_path / "unbroken-0.pt").keys() >= {"center", "teacher.last_layer.weight"}
+    assert records(tmp_path / "run")[0]["entropy"] > 0

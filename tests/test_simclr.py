@@ -35,6 +35,7 @@ from PIL import Image
 from torch import nn
 
 import common
+import dino
 import mae
 import moco
 import rotnet
@@ -420,7 +421,7 @@ def test_the_encoder_is_the_checkpoints_and_torchvisions(unbroken):
     assert not unexpected
     assert all(k.startswith(("layer1.1", "layer2.1", "layer3", "layer4", "fc")) for k in missing)
     checkpoint = load(unbroken / "checkpoint.pt")
-    assert checkpoint["images"][:2] == [96, 3]
+    assert checkpoint["data"][:2] == [96, 3]
     for key, value in encoder.items():
         assert torch.equal(checkpoint["model"]["encoder." + key], value)
 
@@ -551,7 +552,7 @@ def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", [simclr, moco, rotnet, mae])
+@pytest.mark.parametrize("script", [simclr, moco, rotnet, mae, dino])
 def test_every_help_stands_by_itself(script):
     for name, field in simclr.flags_of(script.Args).items():
         phrase = field.metadata["help"].split(";")[0]

@@ -758,13 +758,14 @@ def load_checkpoint(args, state, data):
     if path.exists():
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            for name, part in state.items():
-                part.load_state_dict(content[name])
+            unchanged = content["data"] == common.fingerprint(data)
+            if unchanged:
+                for name, part in state.items():
+                    part.load_state_dict(content[name])
             history = content["history"]
-            began_with = content["data"]
         except Exception:  # a torn file, or a checkpoint of another model, fails in many ways
             raise UserError(f"{path}: is not a checkpoint of this run") from None
-        if began_with != common.fingerprint(data):
+        if not unchanged:
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
     return history
@@ -795,17 +796,17 @@ def describe(args, data, device, encoder, history, start):
 
 
 def save_sheet(path, blocks):
-    """{title: images, float (R, C, 3, S, S) in [0, 1]}, side by side in tiles of some 64 pixels."""
+    """{title: images, float (R, C, 3, S, S) in [0, 1]}, side by side, in tiles of about 128."""
     sheets = []
     for title, images in blocks.items():
         rows, columns, _, S, _ = images.shape
-        zoom = max(1, round(64 / S))
+        zoom = max(1, round(128 / S))
         tiles = F.interpolate(images.flatten(0, 1).cpu(), scale_factor=zoom)
         tiles = F.pad(tiles, (zoom, 0, zoom, 0), value=1.0).unflatten(0, (rows, columns))
         grid = tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
-        grid = F.pad(grid, (8, 8 + zoom, 24, 16 + zoom), value=1.0)
+        grid = F.pad(grid, (8, 8 + zoom, 28, 16 + zoom), value=1.0)
         sheet = to_pil_image(grid)
-        ImageDraw.Draw(sheet).text((8 + zoom, 6), title, fill="black", font_size=13)
+        ImageDraw.Draw(sheet).text((8 + zoom, 6), title, fill="black", font_size=16)
         sheets.append(to_tensor(sheet))
     file = io.BytesIO()
     torchvision.utils.save_image(torch.cat(sheets, dim=2), file, format="png")

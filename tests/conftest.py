@@ -269,35 +269,3 @@ def assert_resumed_in_both(folder, printed):
         assert_same_in_both(folder / name)
     assert_same(load(folder / "unbroken-0.pt"), load(folder / "resumed-0.pt"))
     assert records(folder / "run") == records(folder / "broken")
-
-
-# What follows is for the scripts whose tests have not been taken over to the functions above.
-
-SMALL = "--encoder", "small", "--device", "cpu", "--epochs", "2"
-
-
-@pytest.fixture(scope="session")
-def two_processes(tiny_shapes, tmp_path_factory):
-    """The folder of two processes that have trained, and resumed; and what each printed."""
-    folder = tmp_path_factory.mktemp("processes")
-    commands = {}
-    own = {"clip": ["--dataset", "shapes"]}  # a few of the shapes
-    for name, flags in own.items():
-        run = str(folder / name)
-        words = ["--dataset", str(tiny_shapes), *SMALL, "--batch-size", "32", *flags, "--out", run]
-        commands[name] = words, ["--resume", run, "--epochs", "3"]
-    (folder / "commands.json").write_text(json.dumps(commands))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(2):
-        torchrun = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2)
-        torchrun |= dict(MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS=1)
-        environment = os.environ | {name: str(value) for name, value in torchrun.items()}
-        command = [sys.executable, "-W", "error", Path(__file__).parent / "processes.py", folder]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        started.append(subprocess.Popen(command, env=environment, **pipes))
-    printed = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], printed
-    return folder, printed

@@ -34,6 +34,7 @@ from conftest import (
 from PIL import Image
 from torch import nn
 
+import clip
 import common
 import dino
 import mae
@@ -552,7 +553,7 @@ def test_help_needs_neither_network_nor_data(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", [simclr, moco, rotnet, mae, dino])
+@pytest.mark.parametrize("script", [simclr, moco, rotnet, mae, dino, clip])
 def test_every_help_stands_by_itself(script):
     for name, field in simclr.flags_of(script.Args).items():
         phrase = field.metadata["help"].split(";")[0]

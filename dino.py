@@ -20,7 +20,7 @@ student are thrown away.
     L = mean of H(t_i, s_j) over the global views i and all views j other than i
 
     python dino.py                                      shapes drawn by code; a laptop CPU will do
-    python dino.py --no-centering --out runs/one-hot    one collapse; and without sharpening, both:
+    python dino.py --no-centering --out runs/one-hot    one collapse; the other, by no sharpening:
     python dino.py --teacher-temperature 0.1 --teacher-temperature-start 0.1 --out runs/uniform
     python dino.py --dataset cifar10 --compile          ViT-tiny, patches of 4 x 4, on a GPU
     python dino.py --dataset cifar10 --encoder small    a small ViT, on a CPU
@@ -304,7 +304,8 @@ def training_step(network, images, args, generator, progress, update):
     loss = dino_loss(student_logits, teacher_logits, model.center, tau_s, tau_t)
     entropy, entropy_of_mean = target_entropies(teacher_logits, model.center, tau_t)
     update(loss, progress)  # theta_s, by gradient descent
-    update_teacher(model.teacher, model.student, cosine(args.ema_momentum, 1.0, progress))
+    momentum = cosine(args.ema_momentum, 1.0, progress)  # the teacher comes to rest
+    update_teacher(model.teacher, model.student, momentum)
     if args.centering:
         model.center = update_center(model.center, teacher_logits, 0.9)  # paper: 0.9
     terms = {"loss": loss, "entropy": entropy, "entropy_of_mean": entropy_of_mean}
@@ -322,7 +323,7 @@ def make_update(model, args, batch_size, steps):
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # float16 would round small gradients to 0
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.student.parameters(), 3.0)  # authors: each parameter's norm
+        nn.utils.clip_grad_norm_(model.student.parameters(), 3.0)  # authors: for each parameter
         if progress < 1 / args.epochs:  # in the first epoch, when targets are still noise
             model.student.last_layer.zero_grad()  # AdamW leaves what has no gradient as it is
         decay = cosine(args.weight_decay, args.weight_decay_end, progress)

@@ -912,11 +912,14 @@ def test_sheets_have_a_tile_for_each_image(tmp_path, rows):
     simclr.save_sheet(tmp_path / "sheet.png", blocks)
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = torchvision.transforms.functional.to_tensor(sheet)
-    zoom = 2  # pixels of a sheet for one of an image, and between tiles
-    assert pixels.shape[1] == 24 + rows * 66 + zoom + 16
-    assert pixels.shape[2] == 2 * 16 + 4 * 66 + 2 * zoom
+    zoom = 4  # pixels of a sheet for one of an image, and between tiles
+    tile = zoom * 32
+    assert pixels.shape[1] == 28 + rows * (tile + zoom) + zoom + 16
+    assert pixels.shape[2] == 2 * 16 + 4 * (tile + zoom) + 2 * zoom
     last = blocks["three"][-1, -1].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    found = pixels[:, -16 - zoom - 64 : -16 - zoom, -8 - zoom - 64 : -8 - zoom]
+    bottom = -16 - zoom
+    right = -8 - zoom
+    found = pixels[:, bottom - tile : bottom, right - tile : right]
     torch.testing.assert_close(found, last, atol=1 / 255, rtol=0)
 
 

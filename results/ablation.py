@@ -1,13 +1,15 @@
-"""A table of the lecture at the demo's budget: each row with several seeds, mean and standard deviation.
+"""A table of the lecture at the demo's budget: each row with several seeds, mean and standard
+deviation.
 
-    python results/ablation.py moco                  table 1 of MoCo v2: MLP head, aug+, cosine schedule
-    python results/ablation.py mae-mask-token        one of MAE's design choices; TABLES has the others
-    python results/ablation.py clip-split --seeds 0  Flickr8k split by image, and by caption, which is a leak
+    python results/ablation.py moco                  table 1 of MoCo v2: MLP head, aug+, cosine
+    python results/ablation.py mae-mask-token        one of MAE's choices; TABLES has the others
+    python results/ablation.py clip-split --seeds 0  Flickr8k split by image, and by caption: a leak
     python results/ablation.py moco --record results/moco-ablation.json
 
-A run is a script with the flags of its row, in a process of its own, since all compiled models of one process share a
-limit of recompilations. It stands in runs/ablation-<commit>/, so that no table mixes versions: one that is finished is
-not run again, one that was stopped goes on. For rows that no flag makes, CHANGES replaces a part of the script.
+A run is a script with the flags of its row, in a process of its own, since all compiled models of
+one process share a limit of recompilations. It stands in runs/ablation-<commit>/, so that no table
+mixes versions: one that is finished is not run again, one that was stopped goes on. For rows that
+no flag makes, CHANGES replaces a part of the script.
 """
 
 import argparse
@@ -33,7 +35,8 @@ import mae
 
 
 class EncodesMaskTokens(mae.MaskedAutoencoder):
-    """The lecture's table (c): the encoder gets a mask token in the place of every masked patch, as in BERT."""
+    """The lecture's table (c): the encoder gets a mask token in the place of every masked patch, as
+    in BERT."""
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -43,7 +46,9 @@ class EncodesMaskTokens(mae.MaskedAutoencoder):
         tokens = self.encoder.embed(images)  # (B, L, D)
         _, mask, _ = mae.random_masking(tokens, mask_ratio, noise)
         hidden = self.encoder_mask_token + self.encoder.pos_embed[:, 1:]
-        latent = self.encoder.encode(torch.where(mask[:, :, None] == 1, hidden, tokens))  # (B, 1 + L, D)
+        latent = self.encoder.encode(
+            torch.where(mask[:, :, None] == 1, hidden, tokens)
+        )  # (B, 1 + L, D)
         return self.decode(self.decoder_embed(latent)), mask
 
 
@@ -54,8 +59,9 @@ def grid_masking(tokens, mask_ratio, noise, masking=mae.random_masking):
 
 
 def block_masking(tokens, mask_ratio, noise, masking=mae.random_masking, count=16):
-    """The lecture's table (f): removes rectangles, as BEiT does, each of at least 8 % of the image, one after the other
-    until enough is gone, and of the last one a part. The noise draws them as well, so that a run can be resumed."""
+    """The lecture's table (f): removes rectangles, as BEiT does, each of at least 8 % of the image,
+    one after the other until enough is gone, and of the last one a part. The noise draws them as
+    well, so that a run can be resumed."""
     B, side, areas = len(noise), math.isqrt(tokens.shape[1]), (0.08, max(0.08, mask_ratio))
     generator = torch.Generator(noise.device).manual_seed(int(noise.double().sum() * 1e6))
     boxes = common.random_boxes(B * count, side, side, areas, (0.3, 1 / 0.3), generator)
@@ -63,7 +69,9 @@ def block_masking(tokens, mask_ratio, noise, masking=mae.random_masking, count=1
     line = torch.arange(side, device=noise.device)
     rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)
     inside = (rows[:, :, None] & columns[:, None, :]).view(B, count, -1)
-    rank = torch.arange(count, 0, -1, device=noise.device)[:, None]  # the first rectangle has the highest
+    rank = torch.arange(count, 0, -1, device=noise.device)[
+        :, None
+    ]  # the first rectangle has the highest
     return masking(tokens, mask_ratio, noise + (inside * rank).amax(1))
 
 
@@ -73,23 +81,28 @@ def not_augmented(images, args, generator):
 
 
 def shifted(images, args, generator):
-    """The lecture's table (e), crops of fixed size: shifted by up to an eighth of the side, and flipped."""
+    """The lecture's table (e), crops of fixed size: shifted by up to an eighth of the side, and
+    flipped."""
     return common.random_crop(images / 255, images.shape[3] // 8, generator)
 
 
 def cropped_and_jittered(images, args, generator, cropped=mae.augmented):
     """The lecture's table (e)."""
-    return common.random_color_jitter(cropped(images, args, generator), generator, 0.4, 0.4, 0.4, 0.1)
+    return common.random_color_jitter(
+        cropped(images, args, generator), generator, 0.4, 0.4, 0.4, 0.1
+    )
 
 
 def split_by_caption(*args, load=common.load_dataset):
-    """The test images are trained on as well, with all captions but one, which is tested: the first of the first image,
-    the second of the next, and so on, since a file may sort them."""
+    """The test images are trained on as well, with all captions but one, which is tested: the first
+    of the first image, the second of the next, and so on, since a file may sort them."""
     data = load(*args)
     tested = [(i % len(texts), texts) for i, texts in enumerate(data.test_captions)]
     return dataclasses.replace(
         data,
-        train_images=torch.cat([data.train_images, data.test_images]).contiguous(memory_format=torch.channels_last),
+        train_images=torch.cat([data.train_images, data.test_images]).contiguous(
+            memory_format=torch.channels_last
+        ),
         train_captions=data.train_captions + [texts[:i] + texts[i + 1 :] for i, texts in tested],
         test_captions=[[texts[i]] for i, texts in tested],
     )
@@ -114,9 +127,10 @@ METHODS = {
                  "text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")),
 }  # fmt: skip
 
-# table: rows of a name, flags, the paper's numbers in percent (ImageNet), and a change; tables of a method share the
-# runs of equal rows. MoCo's have the temperature that is best for their head in the paper, and are linear probes; MAE's
-# are fine-tuned and linear; of its table (d) the PCA and dVAE targets are left out.
+# table: rows of a name, flags, the paper's numbers in percent (ImageNet), and a change; tables of a
+# method share the runs of equal rows. MoCo's have the temperature that is best for their head in
+# the paper, and are linear probes; MAE's are fine-tuned and linear; of its table (d) the PCA and
+# dVAE targets are left out.
 TABLES = {
     "moco": [
         ("v1", "--no-mlp --no-aug-plus --no-cos --temperature 0.07", [60.6]),
@@ -198,11 +212,15 @@ def measure(method, flags, change, seed, commit):
 
 def spread(values):
     """Fractions of all seeds -> their mean and standard deviation, as text."""
-    return f"{statistics.mean(values):.1%} ± {statistics.stdev(values) if len(values) > 1 else 0:.1%}"
+    return (
+        f"{statistics.mean(values):.1%} ± {statistics.stdev(values) if len(values) > 1 else 0:.1%}"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--record", type=Path, help="a JSON file to write")
@@ -210,7 +228,9 @@ if __name__ == "__main__":
     if args.record and not args.record.parent.is_dir():
         parser.error(f"--record {args.record}: there is no such folder")
     git = "git describe --always --dirty --exclude '*' --abbrev=40"
-    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
     if not re.fullmatch("[0-9a-f]{40}", commit):
         sys.exit("error: commit your changes first: a run is named after the commit of its code")
     method, rows = args.table.split("-")[0], []

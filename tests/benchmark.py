@@ -1,11 +1,15 @@
-"""How fast the views and the training step are, each compared within one run: python tests/benchmark.py
+"""How fast the views and the training step are, each compared within one run: python
+tests/benchmark.py
 
-    views   batched views against torchvision's transforms, image by image in a DataLoader with all cores
+    views   batched views against torchvision's transforms, image by image in a DataLoader
+            with all cores
     step    a step with live augmentation against the same step on a fixed batch, which is the bound
-    lightly where it is installed, its SimCLR (transform, loader, loss) with the same network, batch and optimizer
+    lightly where it is installed, its SimCLR (transform, loader, loss) with the same network,
+            batch and optimizer
 
-Flags are those of simclr.py, by default of its CIFAR-10 recipe for this device; images are random. A line is the
-median over rounds in which the contestants take turns, so that what else the machine does meets all of them alike.
+Flags are those of simclr.py, by default of its CIFAR-10 recipe for this device; images are random.
+A line is the median over rounds in which the contestants take turns, so that what else the machine
+does meets all of them alike.
 """
 
 import argparse
@@ -27,7 +31,8 @@ import simclr  # noqa: E402
 
 
 class Images(torch.utils.data.Dataset):
-    """numpy images (M, S, S, 3) -> what `transform` makes of one, as a PIL image, as datasets of torchvision do."""
+    """numpy images (M, S, S, 3) -> what `transform` makes of one, as a PIL image, as datasets of
+    torchvision do."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -40,9 +45,14 @@ class Images(torch.utils.data.Dataset):
 
 
 def torchvision_view(args, S):
-    """The transform of the paper, on a PIL image, as published code has it: the same as two_views makes."""
+    """The transform of the paper, on a PIL image, as published code has it: the same as two_views
+    makes."""
     s = args.jitter_strength
-    blur = [v2.RandomApply([v2.GaussianBlur(max(3, S // 20 * 2 + 1), (0.1, 2.0))], args.blur)] if args.blur else []
+    blur = (
+        [v2.RandomApply([v2.GaussianBlur(max(3, S // 20 * 2 + 1), (0.1, 2.0))], args.blur)]
+        if args.blur
+        else []
+    )
     steps = [
         v2.RandomResizedCrop(S, scale=(args.crop, 1.0)),
         v2.RandomHorizontalFlip(),
@@ -57,7 +67,8 @@ def torchvision_view(args, S):
 
 
 def take_turns(contestants, device, rounds):
-    """contestants {name: function that works through some images and returns their number} -> {name: images/s}."""
+    """contestants {name: function that works through some images and returns their number} ->
+    {name: images/s}."""
     rates = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, work in contestants.items():
@@ -73,11 +84,18 @@ def take_turns(contestants, device, rounds):
 def loader(images, transform, N):
     """A DataLoader as peers have it: a process for each core, pinned memory where it helps.
 
-    Its processes stay, and are idle between two passes, so that they do not work during the turns of others.
+    Its processes stay, and are idle between two passes, so that they do not work during the turns
+    of others.
     """
     data, pin = Images(images, transform), torch.cuda.is_available()
     return torch.utils.data.DataLoader(
-        data, N, shuffle=True, drop_last=True, num_workers=os.cpu_count(), persistent_workers=True, pin_memory=pin
+        data,
+        N,
+        shuffle=True,
+        drop_last=True,
+        num_workers=os.cpu_count(),
+        persistent_workers=True,
+        pin_memory=pin,
     )
 
 
@@ -128,9 +146,13 @@ def measure(args, record_file):
 
     singles, fixed = loader(arrays, torchvision_view(args, S), N), our_views()
     views = take_turns({"batched": batched_views, "DataLoader": loaded_views}, device, rounds=5)
-    turn = 16 if device.type == "cuda" else 2  # a GPU is fed ahead: what waiting for it at the end costs must not weigh
+    turn = (
+        16 if device.type == "cuda" else 2
+    )  # a GPU is fed ahead: what waiting for it at the end costs must not weigh
     images_per_second = take_turns(
-        {"fixed batch": fed_by(lambda: fixed, turn), "live": fed_by(our_views, turn)}, device, rounds=40
+        {"fixed batch": fed_by(lambda: fixed, turn), "live": fed_by(our_views, turn)},
+        device,
+        rounds=40,
     )
     share = images_per_second["live"] / images_per_second["fixed batch"]
     shares = {"live": share}
@@ -139,7 +161,8 @@ def measure(args, record_file):
         from lightly.transforms import SimCLRTransform
 
         transform = SimCLRTransform(
-            input_size=S, cj_strength=args.jitter_strength, cj_bright=0.8, cj_contrast=0.8, cj_sat=0.8, cj_hue=0.2,
+            input_size=S, cj_strength=args.jitter_strength,
+            cj_bright=0.8, cj_contrast=0.8, cj_sat=0.8, cj_hue=0.2,
             min_scale=args.crop, random_gray_scale=args.gray, gaussian_blur=args.blur,
         )  # fmt: skip
         criterion = NTXentLoss(temperature=args.temperature)
@@ -156,12 +179,21 @@ def measure(args, record_file):
     except ImportError:
         pass
 
-    print(f"{args.encoder}, batch {N}, {'compiled' if args.compile else 'eager'}, {device}, torch {torch.__version__}")
+    print(
+        f"{args.encoder}, batch {N}, {'compiled' if args.compile else 'eager'}, "
+        f"{device}, torch {torch.__version__}"
+    )
     print(f"views/s       batched {views['batched']:.0f}, DataLoader {views['DataLoader']:.0f}: "
           f"{views['batched'] / views['DataLoader']:.1f} times")  # fmt: skip
-    print(f"images/s      fixed batch {images_per_second['fixed batch']:.0f}, live {images_per_second['live']:.0f}")
+    print(
+        f"images/s      fixed batch {images_per_second['fixed batch']:.0f}, "
+        f"live {images_per_second['live']:.0f}"
+    )
     for name, share in shares.items():
-        print(f"{name:14}{share:.2f} of the bound, which is the step on a fixed batch; {1 / share:.3f} of its time")
+        print(
+            f"{name:14}{share:.2f} of the bound, which is the step on a fixed batch; "
+            f"{1 / share:.3f} of its time"
+        )
     if record_file:
         record = {
             "command": " ".join(["python", *sys.argv]),

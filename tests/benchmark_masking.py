@@ -1,8 +1,8 @@
 """What it saves that the encoder sees no mask tokens: python tests/benchmark_masking.py
 
-Training steps of mae.py on random images, with and without mask tokens in the encoder, which take turns: table (c) of
-the lecture. Other flags are those of mae.py, by default of its CIFAR-10 recipe for this device. Arithmetic is counted
-too.
+Training steps of mae.py on random images, with and without mask tokens in the encoder, which take
+turns: table (c) of the lecture. Other flags are those of mae.py, by default of its CIFAR-10 recipe
+for this device. Arithmetic is counted too.
 """
 
 import argparse
@@ -45,10 +45,14 @@ def trainer(kind, args, images, device):
 
 
 def arithmetic(kind, args, image):
-    """Floating-point operations of a training step on one image; attention spelled out, so that it is counted."""
+    """Floating-point operations of a training step on one image; attention spelled out, so that it
+    is counted."""
     model, S = build(kind, args, image.shape[3]), image.shape[3]
     noise = torch.rand(1, (S // args.patch_size) ** 2)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         prediction, _ = model(common.normalize(image / 255), args.mask_ratio, noise)
         prediction.sum().backward()
     return counter.get_total_flops()
@@ -58,7 +62,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     ours, flags = parser.parse_known_args()
-    flags = ["--dataset", "cifar10", *([] if torch.cuda.is_available() else ["--encoder", "small"]), *flags]
+    flags = [
+        "--dataset",
+        "cifar10",
+        *([] if torch.cuda.is_available() else ["--encoder", "small"]),
+        *flags,
+    ]
     cases = {"visible patches alone": mae.MaskedAutoencoder, "mask tokens too": EncodesMaskTokens}
     args = mae.parse_args(flags)
     device = mae.pick_device(args.device)
@@ -68,10 +77,15 @@ if __name__ == "__main__":
         rates = take_turns(steps, device, rounds=40)
     flops = {name: arithmetic(kind, args, images[:1].cpu()) for name, kind in cases.items()}
     (fast, slow), (few, many) = rates.values(), flops.values()
-    print(f"{args.encoder}, batch {args.batch_size}, {args.mask_ratio:.0%} masked, {device}, torch {torch.__version__}")
+    print(
+        f"{args.encoder}, batch {args.batch_size}, {args.mask_ratio:.0%} masked, {device}, "
+        f"torch {torch.__version__}"
+    )
     for name in cases:
         print(f"{name:24}{rates[name]:8.0f} images/s{flops[name] / 1e6:10.0f} MFLOP an image")
-    print(f"with mask tokens {fast / slow:.2f} times the time, {many / few:.2f} times the arithmetic")
+    print(
+        f"with mask tokens {fast / slow:.2f} times the time, {many / few:.2f} times the arithmetic"
+    )
     if ours.record:
         record = {
             "command": " ".join(["python", *sys.argv]),

@@ -1,8 +1,8 @@
 """What a longer queue costs in memory: python tests/benchmark_queue.py
 
-An epoch of moco.py on a few random images with K = 4096 and with K = 65536, each in a process of its own, and the
-peak of its memory: on a GPU that of the tensors, on a CPU that of the process. Other flags are those of moco.py, by
-default of its CIFAR-10 recipe for this device.
+An epoch of moco.py on a few random images with K = 4096 and with K = 65536, each in a process of
+its own, and the peak of its memory: on a GPU that of the tensors, on a CPU that of the process.
+Other flags are those of moco.py, by default of its CIFAR-10 recipe for this device.
 """
 
 import argparse
@@ -27,7 +27,9 @@ def peak_memory(flags):
         args = moco.parse_args(["--dataset", "cifar10", *flags, "--epochs", "1", "--out", folder])
         device = moco.pick_device(args.device)
         torch.manual_seed(0)
-        images = torch.randint(256, (8 * args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+        images = torch.randint(
+            256, (8 * args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device
+        )
         labels = torch.zeros(len(images), dtype=torch.int64)
         data = common.Dataset(images, labels, images, labels, ["one"])
         model = moco.MoCo(args).to(device, memory_format=torch.channels_last)
@@ -52,8 +54,9 @@ if __name__ == "__main__":
     print(f"{args.encoder}, batch {args.batch_size}, {device}, torch {torch.__version__}")
     for K, peak in peaks.items():
         print(f"K {K:6}: {peak:.3f} GB")
-    print(f"more by {peaks[65536] - peaks[4096]:.3f} GB; the queue itself has grown by {queue:.3f} GB, "
-          f"a batch's logits by {logits:.3f} GB")  # fmt: skip
+    more = peaks[65536] - peaks[4096]
+    grown = f"the queue itself has grown by {queue:.3f} GB, a batch's logits by {logits:.3f} GB"
+    print(f"more by {more:.3f} GB; {grown}")
     if ours.record:
         record = {
             "command": " ".join(["python", *sys.argv]),

@@ -1,4 +1,5 @@
-"""The tables of the lecture: every row and seed is run once, and the record holds what was measured."""
+"""The tables of the lecture: every row and seed is run once, and the record holds what was
+measured."""
 
 import dataclasses
 import importlib
@@ -23,7 +24,8 @@ PARTS = runpy.run_path(str(ABLATION))
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Runs of the scripts are not trained, but noted: (process, arguments, class of the model of mae.py)."""
+    """Runs of the scripts are not trained, but noted: (process, arguments, class of the model of
+    mae.py)."""
     runs, processes = [], []
 
     class Process:  # of the tests themselves, in the place of a new one
@@ -42,10 +44,14 @@ def ran(tmp_path, monkeypatch):
     def main(args):
         runs.append((len(processes), args, mae.MaskedAutoencoder.__name__))
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        summary = dict.fromkeys(("date", "device", "threads", "torch", "total_seconds"), "as it was")
+        summary = dict.fromkeys(
+            ("date", "device", "threads", "torch", "total_seconds"), "as it was"
+        )
         scores = ("linear_probe", "knn", "fine_tuned", "from_scratch")
         trained = {name: (len(runs) + place) / 100 for place, name in enumerate(scores)}
-        Path(args.out, "summary.json").write_text(json.dumps(summary | {"trained": trained, "history": [{"loss": 2}]}))
+        Path(args.out, "summary.json").write_text(
+            json.dumps(summary | {"trained": trained, "history": [{"loss": 2}]})
+        )
 
     def commit(*_, **__):
         return subprocess.CompletedProcess([], 0, stdout=commits[-1] + "\n")
@@ -54,9 +60,13 @@ def ran(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(moco, "main", main)
     monkeypatch.setattr(mae, "main", main)
-    monkeypatch.setattr(mae, "MaskedAutoencoder", mae.MaskedAutoencoder)  # what a run replaces is put back
     monkeypatch.setattr(
-        multiprocessing, "get_context", lambda way: types.SimpleNamespace(Pool=lambda n: Process(way, n))
+        mae, "MaskedAutoencoder", mae.MaskedAutoencoder
+    )  # what a run replaces is put back
+    monkeypatch.setattr(
+        multiprocessing,
+        "get_context",
+        lambda way: types.SimpleNamespace(Pool=lambda n: Process(way, n)),
     )
     monkeypatch.setattr(subprocess, "run", commit)
 
@@ -70,7 +80,13 @@ def ran(tmp_path, monkeypatch):
 
 def test_the_table_of_moco(ran, capsys):
     runs, commits = ran("moco", "--seeds", "0", "2", "--record", "table.json")
-    cases = [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (True, True, True)]
+    cases = [
+        (False, False, False),
+        (True, False, False),
+        (False, True, False),
+        (True, True, False),
+        (True, True, True),
+    ]
     found = [(args.mlp, args.aug_plus, args.cos, args.seed) for _, args, _ in runs]
     assert found == [(*case, seed) for case in cases for seed in (0, 2)]
     assert [n for n, _, _ in runs] == list(range(1, 11))  # each in a process of its own
@@ -84,7 +100,9 @@ def test_the_table_of_moco(ran, capsys):
     out = capsys.readouterr().out.splitlines()
     assert " ".join(out[-1].split()) == "(d) MLP, aug+, cos 67.5% 9.5% ± 0.7% 10.5% ± 0.7%"
     rows = json.loads(Path("table.json").read_text())["rows"]
-    assert [run["linear_probe"] for run in rows[4]["runs"]] == [0.09, 0.1] and rows[0]["paper"] == [0.606]
+    assert [run["linear_probe"] for run in rows[4]["runs"]] == [0.09, 0.1] and rows[0]["paper"] == [
+        0.606
+    ]
     assert [(run["seed"], run["commit"], run["date"], run["loss"]) for run in rows[1]["runs"]] == [
         (seed, commits[0], "as it was", 2) for seed in (0, 2)
     ]
@@ -122,20 +140,34 @@ def test_a_table_of_mae(ran, capsys):
     runs, _ = ran("mae-mask-token", "--seeds", "0")
     ran("mae-target", "--seeds", "0")
     assert [(args.fine_tune, model) for _, args, model in runs[:1]] == [(True, "EncodesMaskTokens")]
-    assert [args.target for _, args, _ in runs] == ["pixel", "pixel", "norm-pixel"]  # tables share the bare run
+    assert [args.target for _, args, _ in runs] == [
+        "pixel",
+        "pixel",
+        "norm-pixel",
+    ]  # tables share the bare run
     assert [Path(args.out).name for _, args, _ in runs] == [
         "mae-encode-mask-tokens-seed0", "mae-seed0", "mae-target-norm-pixel-seed0"]  # fmt: skip
-    row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("encoder w/o [M]")][0]
-    assert " ".join(row.split()) == "encoder w/o [M] 84.9% / 73.5% 4.0% ± 0.0% 2.0% ± 0.0% 5.0% ± 0.0%"
+    row = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("encoder w/o [M]")
+    ][0]
+    assert (
+        " ".join(row.split()) == "encoder w/o [M] 84.9% / 73.5% 4.0% ± 0.0% 2.0% ± 0.0% 5.0% ± 0.0%"
+    )
 
 
 def test_split_by_caption_learns_from_the_test_images_with_their_other_captions():
-    images, nothing = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2), torch.empty(0).long()
+    images, nothing = (
+        torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2),
+        torch.empty(0).long(),
+    )
     train, test = [["a"], ["b", "c"], ["d"]], [["e", "f", "g"], ["h", "i"]]
     data = common.Dataset(images[:3], nothing, images[3:], nothing, [], train, test)
     leaky = PARTS["split_by_caption"]("flickr8k", load=lambda name: {"flickr8k": data}[name])
     assert torch.equal(leaky.train_images, images) and torch.equal(leaky.test_images, images[3:])
-    assert leaky.train_captions == [*train, ["f", "g"], ["h"]] and leaky.test_captions == [["e"], ["i"]]
+    assert leaky.train_captions == [*train, ["f", "g"], ["h"]] and leaky.test_captions == [
+        ["e"],
+        ["i"],
+    ]
 
 
 def test_with_mask_tokens_the_encoder_sees_all_tokens_but_no_masked_pixel():
@@ -158,9 +190,11 @@ def test_with_mask_tokens_the_encoder_sees_all_tokens_but_no_masked_pixel():
 def test_exactly_the_asked_fraction_is_masked(sampling, ratio):
     tokens, noise = torch.rand(50, 64, 8), torch.rand(50, 64)
     visible, mask, ids_restore = PARTS[f"{sampling}_masking"](tokens, ratio, noise)
-    assert (mask.sum(1) == round(64 * ratio)).all() and visible.shape == (50, 64 - round(64 * ratio), 8)
-    assert all(torch.equal(a, b) for a, b in zip(
-        PARTS[f"{sampling}_masking"](tokens, ratio, noise), (visible, mask, ids_restore), strict=True))  # fmt: skip
+    assert (mask.sum(1) == round(64 * ratio)).all()
+    assert visible.shape == (50, 64 - round(64 * ratio), 8)
+    again = PARTS[f"{sampling}_masking"](tokens, ratio, noise)
+    for a, b in zip(again, (visible, mask, ids_restore), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_grid_keeps_one_patch_of_every_four():
@@ -173,7 +207,10 @@ def test_blocks_are_in_one_piece_where_random_masks_are_not():
     def borders(masking):  # the fraction of neighbors of which one is masked and the other is not
         noise = torch.rand(200, 64, generator=torch.Generator().manual_seed(0))
         mask = masking(torch.zeros(200, 64, 1), 0.5, noise)[1].view(200, 8, 8)
-        return ((mask[:, 1:] != mask[:, :-1]).float().mean() + (mask[:, :, 1:] != mask[:, :, :-1]).float().mean()) / 2
+        return (
+            (mask[:, 1:] != mask[:, :-1]).float().mean()
+            + (mask[:, :, 1:] != mask[:, :, :-1]).float().mean()
+        ) / 2
 
     assert abs(borders(mae.random_masking) - 0.5) < 0.02 and borders(PARTS["block_masking"]) < 0.3
 
@@ -182,12 +219,18 @@ def test_augmentations_of_the_table():
     images, args = common.load_dataset("shapes").train_images[:64], mae.parse_args([])
     generator = torch.Generator().manual_seed(0)
     whole, moved, jittered = (
-        PARTS[name](images, args, generator) for name in ("not_augmented", "shifted", "cropped_and_jittered")
+        PARTS[name](images, args, generator)
+        for name in ("not_augmented", "shifted", "cropped_and_jittered")
     )
     assert torch.equal(whole, images / 255) and moved.shape == jittered.shape == images.shape
-    unmoved = [(moved - x).abs().amax((1, 2, 3)) < 1e-6 for x in (images / 255, images.flip(3) / 255)]
+    unmoved = [
+        (moved - x).abs().amax((1, 2, 3)) < 1e-6 for x in (images / 255, images.flip(3) / 255)
+    ]
     assert sum(unmoved).sum() < 5  # one of 81 places is the old one
-    again = [f(images, args, torch.Generator().manual_seed(1)) for f in (mae.augmented, PARTS["cropped_and_jittered"])]
+    again = [
+        f(images, args, torch.Generator().manual_seed(1))
+        for f in (mae.augmented, PARTS["cropped_and_jittered"])
+    ]
     assert not torch.equal(*again) and all(0 <= x.min() and x.max() <= 1 for x in (moved, *again))
 
 
@@ -197,5 +240,7 @@ def test_every_row_of_every_table_is_a_run():
     for table, rows in tables.items():
         method = table.split("-")[0]
         for _, flags, _, *change in rows:
-            importlib.import_module(method).parse_args(f"{PARTS['METHODS'][method][0]} {flags}".split())
+            importlib.import_module(method).parse_args(
+                f"{PARTS['METHODS'][method][0]} {flags}".split()
+            )
             assert "".join(change) in PARTS["CHANGES"]

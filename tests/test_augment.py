@@ -1,4 +1,5 @@
-"""Each batched operator against torchvision's functional one, image by image, and the parameters it draws."""
+"""Each batched operator against torchvision's functional one, image by image, and the parameters it
+draws."""
 
 import itertools
 
@@ -28,8 +29,11 @@ def images(generator):
 
 
 def each(operator, images, *parameters):
-    """operator(image, *parameters of that image) for every image: what the batched one must equal."""
-    return torch.stack([operator(image, *row) for image, *row in zip(images, *parameters, strict=True)])
+    """operator(image, *parameters of that image) for every image: what the batched one must
+    equal."""
+    return torch.stack(
+        [operator(image, *row) for image, *row in zip(images, *parameters, strict=True)]
+    )
 
 
 def record(monkeypatch, name):
@@ -48,9 +52,9 @@ def assert_same_distribution(a, b):
     assert distance.abs().max() < 2.23 * ((len(a) + len(b)) / (len(a) * len(b))) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Operators
-# ------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 
 @pytest.mark.parametrize("size", [8, 31, 32, 80])  # down and up
@@ -67,14 +71,21 @@ def test_resized_crop(generator, shape, size):
         return TF.horizontal_flip(image) if mirrored else image
 
     expected = each(one, images, boxes, flip)
-    torch.testing.assert_close(common.resized_crop(images, boxes, size, flip), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        common.resized_crop(images, boxes, size, flip), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_random_crop_shifts_and_mirrors_exactly(monkeypatch, generator):
-    images, calls = torch.rand(600, 3, 8, 8, generator=generator), record(monkeypatch, "resized_crop")
+    images, calls = (
+        torch.rand(600, 3, 8, 8, generator=generator),
+        record(monkeypatch, "resized_crop"),
+    )
     shifted = common.random_crop(images, 2, generator, flip=0.3)
     (_, boxes, _, flip), *_ = calls
-    for image, moved, box, mirrored in zip(images, shifted, boxes.int().tolist(), flip, strict=True):
+    for image, moved, box, mirrored in zip(
+        images, shifted, boxes.int().tolist(), flip, strict=True
+    ):
         window = TF.crop(TF.pad(image, 2), *box)
         assert torch.equal(moved, TF.horizontal_flip(window) if mirrored else window)
     assert len(boxes.unique(dim=0)) == 25 and abs(flip.float().mean() - 0.3) < 0.06
@@ -90,7 +101,9 @@ def test_random_crop_is_of_squares(generator):
 def test_gaussian_blur(images, generator, kernel_size):
     sigma = common.uniform(0.1, 3.0, (N,), generator)
     expected = each(lambda x, s: TF.gaussian_blur(x, kernel_size, s.item()), images, sigma)
-    torch.testing.assert_close(common.gaussian_blur(images, sigma, kernel_size), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        common.gaussian_blur(images, sigma, kernel_size), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_no_blur_is_exact(images, generator):
@@ -105,7 +118,10 @@ def test_adjust_hue(images, generator):
 
 
 def test_color_jitter(images, generator):
-    factors = torch.cat([common.uniform(0, 2, (N, 3), generator), common.uniform(-0.5, 0.5, (N, 1), generator)], dim=1)
+    factors = torch.cat(
+        [common.uniform(0, 2, (N, 3), generator), common.uniform(-0.5, 0.5, (N, 1), generator)],
+        dim=1,
+    )
     order = torch.tensor(list(itertools.permutations(range(4))))  # all 24
     operators = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
 
@@ -115,24 +131,32 @@ def test_color_jitter(images, generator):
         return image
 
     expected = each(one, images, factors, order)
-    torch.testing.assert_close(common.color_jitter(images, factors, order), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        common.color_jitter(images, factors, order), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_neutral_color_jitter_is_exact_but_for_the_hue(images):
     factors, order = torch.tensor([1.0, 1, 1, 0]).expand(N, 4), torch.arange(4).expand(N, 4)
-    torch.testing.assert_close(common.color_jitter(images, factors, order), images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        common.color_jitter(images, factors, order), images, rtol=0, atol=1e-6
+    )
 
 
 def test_random_grayscale(images):
     chosen = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
     expected = each(lambda x, c: TF.rgb_to_grayscale(x, 3) if c else x, images, chosen)
-    torch.testing.assert_close(common.random_grayscale(images, torch.Generator().manual_seed(1), p=0.5), expected)
+    torch.testing.assert_close(
+        common.random_grayscale(images, torch.Generator().manual_seed(1), p=0.5), expected
+    )
 
 
 def test_random_solarize(images):
     chosen = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
     expected = each(lambda x, c: TF.solarize(x, 0.4) if c else x, images, chosen)
-    torch.testing.assert_close(common.random_solarize(images, torch.Generator().manual_seed(1), 0.4, p=0.5), expected)
+    torch.testing.assert_close(
+        common.random_solarize(images, torch.Generator().manual_seed(1), 0.4, p=0.5), expected
+    )
 
 
 def test_within_autocast_they_stay_exact(images):
@@ -141,7 +165,9 @@ def test_within_autocast_they_stay_exact(images):
         x = common.random_resized_crop(images, S, generator)
         x = common.random_color_jitter(x, generator, 0.4, 0.4, 0.4, 0.1)
         x = common.random_gaussian_blur(common.random_grayscale(x, generator), generator)
-        return common.normalize(common.random_solarize(common.random_crop(x, 4, generator), generator))
+        return common.normalize(
+            common.random_solarize(common.random_crop(x, 4, generator), generator)
+        )
 
     expected = views()
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +176,9 @@ def test_within_autocast_they_stay_exact(images):
 
 def test_operators_are_compiled_for_a_while(images, monkeypatch):
     plain, compiled = common.gaussian_blur, []
-    monkeypatch.setattr(torch, "compile", lambda operator: compiled.append(operator) or (lambda *_: images + 1))
+    monkeypatch.setattr(
+        torch, "compile", lambda operator: compiled.append(operator) or (lambda *_: images + 1)
+    )
     with pytest.raises(KeyboardInterrupt), common.compile_operators(True):
         assert torch.equal(common.random_gaussian_blur(images, torch.Generator()), images + 1)
         raise KeyboardInterrupt
@@ -165,9 +193,9 @@ def test_normalize(images):
     assert x.is_contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Parameters
-# ------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 
 MANY = 20_000
 
@@ -181,10 +209,17 @@ def test_boxes_are_drawn_as_torchvision_draws_them(generator):
     ours = common.random_boxes(MANY, S, S, scale, ratio, generator)
     torch.manual_seed(0)
     image = torch.empty(3, S, S)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(MANY)]).float()
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(MANY)]
+    ).float()
     assert torch.equal(ours, ours.round()) and ours.min() >= 0
     assert (ours[:, :2] + ours[:, 2:]).max() <= S
-    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 3] / b[:, 2],
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+    ):
         assert_same_distribution(measure(ours), measure(theirs))
 
 
@@ -207,7 +242,9 @@ def test_color_jitter_draws_as_torchvision_does(monkeypatch, generator):
     (_, factors, order), *_ = calls
     neutral = (factors == torch.tensor([1.0, 1, 1, 0])).all(1)
     assert abs(neutral.float().mean() - 0.25) < 0.02
-    for drawn, low, high in zip(factors[~neutral].T, (0.6, 0, 0.2, -0.2), (1.4, 2.2, 1.8, 0.2), strict=True):
+    for drawn, low, high in zip(
+        factors[~neutral].T, (0.6, 0, 0.2, -0.2), (1.4, 2.2, 1.8, 0.2), strict=True
+    ):
         assert low <= drawn.min() and drawn.max() <= high
         assert_same_distribution(drawn, torch.linspace(low, high, 5000))
     assert abs(torch.corrcoef(factors[~neutral].T) - torch.eye(4)).max() < 0.05

@@ -403,6 +403,39 @@ def test_few_shot_probes_have_balanced_labels_and_three_draws(few, monkeypatch):
     assert results["linear_probe_1_per_class"] == pytest.approx(0.003)
 
 
+def test_unseen_pairs_have_an_accuracy_of_their_own(few, monkeypatch):
+    unseen = few.test_labels == few.test_colors
+
+    def right_where_unseen(*_):
+        wrong = (few.test_labels + 1) % 10
+        return F.one_hot(torch.where(unseen, few.test_labels, wrong), 10)
+
+    monkeypatch.setattr(clip, "zero_shot_logits", right_where_unseen)
+    data = clip.hold_out_pairs(few)
+    tokenizer = clip.Tokenizer(data.train_captions, 8)
+    model = clip.CLIP(small_args(), 4 + len(tokenizer.words))
+    results = clip.evaluate(model, tokenizer, data)
+    assert results["zero_shot_unseen"] == 1
+    assert results["zero_shot"] == pytest.approx(unseen.float().mean().item())
+
+
+def test_validation_is_recall_at_10_in_both_directions(few, monkeypatch):
+    recalls = {"text_to_image_r10": 0.2, "image_to_text_r10": 0.4, "text_to_image_r1": 0.9}
+    calls = []
+
+    def retrieval(model, tokenizer, images, captions):
+        calls.append((images, captions))
+        return recalls
+
+    monkeypatch.setattr(clip, "retrieval", retrieval)
+    data = clip.hold_out_pairs(few)
+    assert clip.validate(None, None, data) == {"val_recall": pytest.approx(0.3)}
+    ((images, captions),) = calls
+    assert images is data.val_images
+    assert captions is data.val_captions
+    assert clip.validate(None, None, dataclasses.replace(data, val_images=None)) == {}
+
+
 def test_unseen_pairs_are_in_neither_training_nor_validation():
     data = clip.hold_out_pairs(SHAPES())
     pairs = list(zip(common.SHAPES, common.COLORS, strict=True))

@@ -17,7 +17,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def snippet(word):
     """The indented block with this word in it."""
-    (block,) = [block for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.M) if word in block]
+    (block,) = [
+        block for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.M) if word in block
+    ]
     return re.sub("^    ", "", block, flags=re.M)
 
 
@@ -38,7 +40,9 @@ def test_from_image_files_to_features(tmp_path, monkeypatch):
     exec(snippet("numpy.save"), {})
     expected = simclr.features(encoder, torch.tensor(pixels).permute(0, 3, 1, 2))
     found = torch.tensor(np.load("features.npy"))
-    assert found.shape == (3, 128) and torch.cosine_similarity(found, expected).min() > 0.99  # jpg is not exact
+    assert (
+        found.shape == (3, 128) and torch.cosine_similarity(found, expected).min() > 0.99
+    )  # jpg is not exact
 
 
 def test_in_torchvision_and_timm(tmp_path, monkeypatch):
@@ -58,13 +62,22 @@ def test_in_torchvision_and_timm(tmp_path, monkeypatch):
 
 
 def test_official_weights(monkeypatch):
-    files = {  # where the names and shapes of the authors' come from is said in test_mae.py and test_dino.py
-        "mae_pretrain_vit_base.pth": {"model": mae.VisionTransformer(224, 16, *mae.ENCODERS["vit_base"]).state_dict()},
-        "dino_deitsmall16_pretrain.pth": dino.VisionTransformer(224, 16, *dino.ENCODERS["vit_small"]).state_dict(),
+    # Where the names and shapes of the authors' come from is said in test_mae.py and test_dino.py.
+    files = {
+        "mae_pretrain_vit_base.pth": {
+            "model": mae.VisionTransformer(224, 16, *mae.ENCODERS["vit_base"]).state_dict()
+        },
+        "dino_deitsmall16_pretrain.pth": dino.VisionTransformer(
+            224, 16, *dino.ENCODERS["vit_small"]
+        ).state_dict(),
     }
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: files[url.split("/")[-1]])
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda url, **_: files[url.split("/")[-1]]
+    )
     names = {"torch": torch, "mae": mae, "dino": dino}
     exec(snippet("mae_vit"), names)
     for name, weights in (("mae_vit", files["mae_pretrain_vit_base.pth"]["model"]),
                           ("dino_vit", files["dino_deitsmall16_pretrain.pth"])):  # fmt: skip
-        assert all(torch.equal(value, weights[key]) for key, value in names[name].state_dict().items())
+        assert all(
+            torch.equal(value, weights[key]) for key, value in names[name].state_dict().items()
+        )

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RECORDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))}
+RECORDS = {
+    path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))
+}
 PAGES = {  # each paragraph in one line
     name: re.sub(r"(?<=[^\n|])\n(?=[^\n|])", " ", (ROOT / name).read_text())
     for name in ("README.md", "results/README.md")
@@ -41,13 +43,20 @@ def change(records, key):
     """Untrained → trained, the mean of the records."""
     if key is None:
         return ""
-    return percent(*(statistics.mean(record[part][key] for record in records) for part in ("untrained", "trained")))
+    return percent(
+        *(
+            statistics.mean(record[part][key] for record in records)
+            for part in ("untrained", "trained")
+        )
+    )
 
 
 def main_table():
     for method in ("simclr", "moco"):
         record = RECORDS[f"{method}-cifar10-seed0"]
-        assert record["command"].startswith(command := f"python {method}.py --dataset cifar10 --compile")
+        assert record["command"].startswith(
+            command := f"python {method}.py --dataset cifar10 --compile"
+        )
         values = [change([record], key) for key in ("linear_probe", "knn")]
         seconds = f"pretraining {record['pretrain_seconds']:.0f} s"
         yield row(TITLES[method], f"`{command}`", *values, seconds, "H200")
@@ -58,9 +67,17 @@ def main_table():
         yield row(title, f"`python {method}.py`", *values, seconds, "2 CPU cores")
     for method in ("simclr", "moco", "rotnet", "mae", "dino"):
         record = RECORDS[f"{method}-cifar10-small-seed0"]
-        assert record["command"].startswith(command := f"python {method}.py --dataset cifar10 --encoder small")
+        assert record["command"].startswith(
+            command := f"python {method}.py --dataset cifar10 --encoder small"
+        )
         values = [change([record], key) for key in KEYS.get(method, ("linear_probe", "knn"))]
-        yield row(TITLES[method], f"`{command}`", *values, f"{record['total_seconds'] / 60:.0f} min", "2 CPU cores")
+        yield row(
+            TITLES[method],
+            f"`{command}`",
+            *values,
+            f"{record['total_seconds'] / 60:.0f} min",
+            "2 CPU cores",
+        )
 
 
 def flickr_row():
@@ -78,14 +95,21 @@ def seed_table():
 
 
 def projection_table():
-    for head, name in (("none", "projection-none"), ("linear", "projection-linear"), ("mlp", "seed0")):
+    for head, name in (
+        ("none", "projection-none"),
+        ("linear", "projection-linear"),
+        ("mlp", "seed0"),
+    ):
         trained = RECORDS[f"simclr-shapes-{name}"]["trained"]
         keys = ("linear_probe", "linear_probe_z", "knn", "knn_z")
         yield row(head, *(percent(trained[key]) if key in trained else "" for key in keys))
 
 
 def label_tables():
-    for name, title in (("simclr-shapes-labels", "shapes"), ("simclr-cifar10-small-labels", "CIFAR-10 †")):
+    for name, title in (
+        ("simclr-shapes-labels", "shapes"),
+        ("simclr-cifar10-small-labels", "CIFAR-10 †"),
+    ):
         for line in RECORDS[name]["semi_supervised"]:
             keys = ("linear_probe", "fine_tuned", "from_scratch")
             yield row(title, f"{line['labels']:,}", *(percent(line[key]) for key in keys))
@@ -95,12 +119,17 @@ def label_tables():
 
 def rotnet():
     blocks = RECORDS["rotnet-shapes-labels"]["blocks"]
-    for number, (before, after) in enumerate(zip(blocks["untrained"], blocks["trained"], strict=True), 1):
+    for number, (before, after) in enumerate(
+        zip(blocks["untrained"], blocks["trained"], strict=True), 1
+    ):
         cells = (
-            percent(before[k], after[k]) if k in after else "" for k in ("linear_probe", "knn", "nonlinear", "conv")
+            percent(before[k], after[k]) if k in after else ""
+            for k in ("linear_probe", "knn", "nonlinear", "conv")
         )
         yield row(f"block {number}", *cells)
-    yield row("rotations", *(percent(record["pretext_task"]["rotation"]) for record in seeds("rotnet")))
+    yield row(
+        "rotations", *(percent(record["pretext_task"]["rotation"]) for record in seeds("rotnet"))
+    )
 
 
 def ablations():
@@ -114,14 +143,19 @@ def ablations():
         papers = 1 if name == "moco-ablation" else 2
         for line in RECORDS[name]["rows"]:
             paper = [percent(value) for value in line["paper"]] or [""] * papers
-            yield row(line["case"], *paper, *(spread([run[key] for run in line["runs"]]) for key in keys))
+            yield row(
+                line["case"], *paper, *(spread([run[key] for run in line["runs"]]) for key in keys)
+            )
     for line in RECORDS["clip-split"]["rows"]:
         keys = ("text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")
         yield row(line["case"], *(percent(line["runs"][0][key]) for key in keys))
 
 
 def mae():
-    for name, key in (("mean of the patch tokens", "linear_probe"), ("class token", "linear_probe_class_token")):
+    for name, key in (
+        ("mean of the patch tokens", "linear_probe"),
+        ("class token", "linear_probe_class_token"),
+    ):
         yield row(name, *(change([record], key) for record in seeds("mae")))
     trained = RECORDS["mae-shapes-fine-tune"]["trained"]
     yield row(percent(trained["fine_tuned"]), percent(trained["from_scratch"]))
@@ -139,8 +173,13 @@ def dino():
         record = RECORDS[f"dino-shapes-{name}"]
         last = record["history"][-1]
         scores = (change([record], key) for key in ("linear_probe_with_mean", "knn_with_mean"))
-        yield row(title, *(f"{last[key]:.2f}" for key in ("entropy", "entropy_of_mean", "kl")), *scores)
-    features = ("class token, linear probe", "linear_probe"), ("class token, kNN of the paper", "knn_20")
+        yield row(
+            title, *(f"{last[key]:.2f}" for key in ("entropy", "entropy_of_mean", "kl")), *scores
+        )
+    features = (
+        ("class token, linear probe", "linear_probe"),
+        ("class token, kNN of the paper", "knn_20"),
+    )
     for name, key in features:
         yield row(name, *(change([record], key) for record in seeds("dino")))
 
@@ -152,7 +191,10 @@ def clip():
     shots = (percent(trained[f"linear_probe_{n}_per_class"]) for n in (1, 2, 4, 8, 16))
     yield row("accuracy", *shots, percent(trained["zero_shot"]))
     record = RECORDS["clip-flickr8k-small-seed0"]
-    for name, way in (("a caption finds its image", "text_to_image"), ("an image finds a caption", "image_to_text")):
+    for name, way in (
+        ("a caption finds its image", "text_to_image"),
+        ("an image finds a caption", "image_to_text"),
+    ):
         yield row(name, *(change([record], f"{way}_r{k}") for k in (1, 5, 10)))
     yield f"zero-shot, {percent(RECORDS['clip-flickr8k-small-zero-shot-cifar10']['zero_shot'])}"
     yield f"{percent(record['unknown_words'])} of the words"
@@ -164,8 +206,10 @@ FAMILIES = {
     "ViT": ("mae", "simmim", "dino"),
 }
 RELATIVES = {
-    "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "swav": "SwAV", "simsiam": "SimSiam", "byol": "BYOL",
-    "relative_patch": "relative patches", "jigsaw": "jigsaw puzzles", "colorization": "colorization",
+    "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "swav": "SwAV",
+    "simsiam": "SimSiam", "byol": "BYOL",
+    "relative_patch": "relative patches",
+    "jigsaw": "jigsaw puzzles", "colorization": "colorization",
     "inpainting": "inpainting", "simmim": "SimMIM",
 }  # fmt: skip
 
@@ -193,23 +237,40 @@ def relatives():
         for name, patches in (("seed0", "with gaps, moved at random"), ("shortcuts", "without")):
             record = RECORDS[f"relative_patch-{data}-{name}"]
             yield row(title, patches, percent(record["pretext_task"]["position"]), *scores(record))
-    yield f"{percent(RECORDS['jigsaw-shapes-seed0']['pretext_task']['permutation'])} of the permutations"
-    for title, name in (("shapes", "colorization-shapes-seed0"), ("CIFAR-10", "colorization-cifar10-small-seed0")):
+    solved = RECORDS["jigsaw-shapes-seed0"]["pretext_task"]["permutation"]
+    yield f"{percent(solved)} of the permutations"
+    for title, name in (
+        ("shapes", "colorization-shapes-seed0"),
+        ("CIFAR-10", "colorization-cifar10-small-seed0"),
+    ):
         yield row(title, *scores(RECORDS[name]))
     for name, title in (("no-adversary", "0"), ("seed0", "0.001"), ("adversary-1", "1")):
         record = RECORDS[f"inpainting-shapes-{name}"]
-        terms = [f"{record['pretext_task'][key]:.2f}" for key in ("reconstruction", "adversarial", "sharpness")]
+        terms = [
+            f"{record['pretext_task'][key]:.2f}"
+            for key in ("reconstruction", "adversarial", "sharpness")
+        ]
         yield row(title, *terms, *scores(record))
     tuned = RECORDS["simmim-shapes-fine-tune"]["trained"]
     yield f"{percent(tuned['fine_tuned'])} against {percent(tuned['from_scratch'])} from scratch"
 
 
 def speed():
-    for name, title in (("cpu", "CPU"), ("cpu-compiled", "CPU, compiled"), ("h200", "H200, compiled †")):
+    for name, title in (
+        ("cpu", "CPU"),
+        ("cpu-compiled", "CPU, compiled"),
+        ("h200", "H200, compiled †"),
+    ):
         record = RECORDS[f"benchmark-{name}"]
-        views, images, share = (record[key] for key in ("views_per_second", "images_per_second", "share_of_bound"))
+        views, images, share = (
+            record[key] for key in ("views_per_second", "images_per_second", "share_of_bound")
+        )
         rates = (*views.values(), *images.values())
-        yield row(title, *(f"{rate:,.0f}" for rate in rates), *(f"{share[key]:.2f}" for key in ("live", "lightly")))
+        yield row(
+            title,
+            *(f"{rate:,.0f}" for rate in rates),
+            *(f"{share[key]:.2f}" for key in ("live", "lightly")),
+        )
     for size, peak in RECORDS["benchmark-queue-cpu"]["peak_memory_gb"].items():
         yield row(f"{int(size):,}", f"{peak:.2f} GB")
 
@@ -261,7 +322,8 @@ def waiting():
 SAID = {
     "README.md": [main_table, flickr_row, losses, size, waiting],
     "results/README.md": [
-        seed_table, projection_table, label_tables, rotnet, ablations, mae, dino, clip, relatives, speed, in_words,
+        seed_table, projection_table, label_tables, rotnet, ablations, mae, dino, clip,
+        relatives, speed, in_words,
     ],
 }  # fmt: skip
 SETTINGS = r"75 %|10 %|1 %"  # fractions that are asked for, not measured
@@ -275,7 +337,11 @@ def test_every_number_has_its_record(page):
             assert text.count(said) == 1, f"{page} does not say: {said}"
             text = text.replace(said, "")
     assert (
-        re.findall(rf"(?<![\d.,])(?!{SETTINGS})[\d.,]+ (?:%|s|min|GB|points?|times|images/s)(?!\w)|[→±] \d.*", text)
+        re.findall(
+            rf"(?<![\d.,])(?!{SETTINGS})[\d.,]+ (?:%|s|min|GB|points?|times|images/s)(?!\w)"
+            r"|[→±] \d.*",
+            text,
+        )
         == []
     )
 
@@ -283,14 +349,20 @@ def test_every_number_has_its_record(page):
 def test_every_record_names_its_command_commit_device_version_and_date():
     for name, record in RECORDS.items():
         for run in [run for line in record.get("rows", []) for run in line["runs"]] or [record]:
-            assert re.fullmatch("[0-9a-f]{7,40}", run["commit"]) and re.fullmatch(r"20\d\d-\d\d-\d\d", run["date"]), (
-                name
-            )
-            assert run["device"] and run["torch"] and record["command"].startswith(("python ", "OMP_")), name
+            assert re.fullmatch("[0-9a-f]{7,40}", run["commit"]) and re.fullmatch(
+                r"20\d\d-\d\d-\d\d", run["date"]
+            ), name
+            assert (
+                run["device"] and run["torch"] and record["command"].startswith(("python ", "OMP_"))
+            ), name
 
 
 def test_every_figure_is_shown():
-    shown = {Path(path).name for text in PAGES.values() for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)}
+    shown = {
+        Path(path).name
+        for text in PAGES.values()
+        for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    }
     assert shown == {path.name for path in (ROOT / "results").glob("*.png")}
 
 

@@ -657,6 +657,10 @@ def test_captioned_images_without_classes(tmp_path, capsys):
     assert 0 <= summary["trained"]["image_to_text_r1"] <= 1
     assert "val_recall" not in summary["history"][0]
     assert summary["best_epoch"] == 1
+    last = load(tmp_path / "run/checkpoint.pt")["model"]
+    assert torch.equal(
+        load(tmp_path / "run/encoder.pt")["conv1.weight"], last["encoder.conv1.weight"]
+    )
     assert 0 < summary["unknown_words"] < 0.5
     out = capsys.readouterr().out
     assert f"lacks {summary['unknown_words']:.1%} of the words in test captions" in out

@@ -553,13 +553,16 @@ def test_the_stem_sees_neither_brightness_nor_contrast():
 
 @pytest.fixture(scope="module", params=[1, -1])
 def part_colors(request):
-    """Colors of three images with a thing in the middle, which has an upper and a left part. The
-    sign of a principal component means nothing, so they are the same for tokens and -tokens."""
+    """Colors of three images with a thing in the middle, which has an upper and a left part; with
+    components of either sign, as it means nothing."""
     tokens = 0.01 * logits(3, 8, 8, 5)
     tokens[:, 2:6, 2:6, 0] += 10
     tokens[:, 2:4, 2:6, 1] += 2
     tokens[:, 2:6, 2:4, 2] += 1
-    return dino.pca_colors(request.param * tokens.flatten(1, 2)).view(3, 8, 8, 3)
+    components = dino.principal_components
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dino, "principal_components", lambda x: request.param * components(x))
+        return dino.pca_colors(tokens.flatten(1, 2)).view(3, 8, 8, 3)
 
 
 def test_the_background_is_black(part_colors):

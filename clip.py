@@ -444,8 +444,8 @@ PROMPT = "a photo of a {}"
 
 @torch.no_grad()
 def zero_shot_logits(model, tokenizer, image_features, names):
-    """Features (M, D) of length 1, names of C classes -> s(x, y_c), (M, C): a classifier that has
-    seen no labels. Its softmax over the classes is p(c | x)."""
+    """Features (M, D) of length 1, names of C classes -> s(x, y_c), (M, C), whose softmax over the
+    classes is p(c | x). Whatever the classifier knows of a class, it knows from captions."""
     y = embed_texts(model, tokenizer, [PROMPT.format(name) for name in names])
     return model.log_scale.exp() * (image_features @ y.T)
 
@@ -573,8 +573,7 @@ def find_images(model, tokenizer, data, folder, query):
 
 
 def find_captions(model, tokenizer, data, image):
-    """The eight test captions closest to an image, uint8 (3, S, S). Returns their cosines, and
-    them."""
+    """The eight test captions closest to an image, uint8 (3, S, S). Returns cosines, captions."""
     texts = list(dict.fromkeys(text for own in data.test_captions for text in own))
     x = embed_images(model, image[None])[0]
     cosines = (embed_texts(model, tokenizer, texts) @ x).cpu()
@@ -583,8 +582,8 @@ def find_captions(model, tokenizer, data, image):
 
 
 def match_classes(names, classes, tokenizer):
-    """The row in names of each class (C,), by their words. Classes that are left take the names
-    that are left, in order, which is printed; -1 if there are not as many."""
+    """The row in names of each class (C,), matched by their words. With as many names as classes,
+    those left over are matched in order, which is printed; else a class without a name has -1."""
     split_names = [tokenizer.split(name) for name in names]
     split_classes = [tokenizer.split(name) for name in classes]
     rows = [split_names.index(words) if words in split_names else -1 for words in split_classes]

@@ -654,8 +654,9 @@ def save_parts(path, data, encoder):
     images = [x for x in images if len(x) == len(images[0])]
     originals = torch.stack([tiles(x / 255) for x in images])
     parts = torch.stack([part_maps(encoder, x) for x in images])
-    title = "patches: like features, like colors; background black"
-    save_sheet(path, {"test images, a class a row": originals, title: parts})
+    left = "test images, a class a row" if data.classes else "test images"
+    right = "patches: like features, like colors; background black"
+    save_sheet(path, {left: originals, right: parts})
 
 
 def show(args):

@@ -26,6 +26,7 @@ student are thrown away.
     python dino.py --dataset cifar10 --encoder small    a small ViT, on a CPU
     python dino.py --init encoder.pt --epochs 0         measures the weights in a file
     python dino.py --resume RUN --show IMAGES           attention and parts of your own images
+    python dino.py --init FILE --encoder vit_small --patch-size 16 --show IMAGES   authors' weights
     torchrun --nproc-per-node 8 dino.py --dataset path/to/images         your own images, on 8 GPUs
 
 Linear probe on test of shapes, of class token and mean of the patch tokens together, with seed 0

@@ -171,8 +171,9 @@ class CLIP(nn.Module):
     def __init__(self, args, vocabulary, image_size=32):
         super().__init__()
         width = args.text_width
-        self.encoder, D = build_encoder(args.encoder, image_size)
-        load_weights(self.encoder, args)
+        encoder, D = build_encoder(args.encoder, image_size)
+        load_weights(encoder, args)
+        self.encoder = encoder
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(args.context, width))
         options = {"dropout": 0.0, "activation": F.gelu, "batch_first": True, "norm_first": True}
@@ -754,7 +755,8 @@ def main(args, Model=CLIP, training_step=training_step):
         summary["unknown_words"] = unknown_words
         if history:
             recalls = [(record.get("val_recall", 0.0), record["epoch"]) for record in history]
-            _, summary["best_epoch"] = max(recalls)  # of equal ones the later
+            _, best_epoch = max(recalls)  # of equal ones the later
+            summary["best_epoch"] = best_epoch
         summary |= {"untrained": untrained, "trained": trained, "history": history}
         save_json(folder / "summary.json", summary)
         print_results(summary)

@@ -239,7 +239,7 @@ def download(name, path):
                 arrays[f"{split}_labels"] = labels[labelled]
             np.savez(Path(folder, path.name), **arrays, classes=np.array(part.classes))
             Path(folder, path.name).replace(path)
-    except (OSError, RuntimeError) as error:  # no network, a broken archive, a folder for others
+    except (OSError, RuntimeError) as error:  # no network, a broken archive, a read-only folder
         raise UserError(
             f"--dataset {name}: {path} is not there and cannot be downloaded ({error})"
         ) from None

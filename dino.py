@@ -20,7 +20,7 @@ student are thrown away.
     L = mean of H(t_i, s_j) over the global views i and all views j other than i
 
     python dino.py                                      shapes drawn by code; a laptop CPU will do
-    python dino.py --no-centering --out runs/one-hot    one collapse; the other, by no sharpening:
+    python dino.py --no-centering --out runs/one-hot    one collapse; without sharpening, the other:
     python dino.py --teacher-temperature 0.1 --teacher-temperature-start 0.1 --out runs/uniform
     python dino.py --dataset cifar10 --compile          ViT-tiny, patches of 4 x 4, on a GPU
     python dino.py --dataset cifar10 --encoder small    a small ViT, on a CPU
@@ -315,7 +315,8 @@ def training_step(network, images, args, generator, progress, update):
 
 def make_update(model, args, batch_size, steps):
     """The function update(loss, progress), which makes one training step of the student, and the
-    state that it changes. Three lines between backward and step are DINO's own."""
+    state that it changes. DINO's own is what happens between backward and step: gradients are
+    clipped, the last layer is frozen at first, and weight decay follows its schedule."""
     device = next(model.parameters()).device
     optimizer, schedule = make_optimizer(model, args, batch_size, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=fast_dtype(device) == torch.float16)

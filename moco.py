@@ -378,8 +378,7 @@ def monitor(encoder, data):
     if len(y) < 2:
         return {}
     h = features(encoder, data.train_images[: len(y)])
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
-    held_out, others = order.tensor_split([max(1, len(y) // 10)])
+    held_out, others = data.held_out_labels()
     return {"knn": knn_accuracy(h[others], y[others], h[held_out], y[held_out])}
 
 
@@ -502,14 +501,16 @@ def pretrain(model, data, args, training_step, monitor):
     images = data.train_images
     device = next(model.parameters()).device
     N = args.batch_size // WORLD  # images of this process in a step
-    steps = len(images) // args.batch_size  # in an epoch; an incomplete last batch is left out
+    M = len(images)
+    steps = M // args.batch_size  # in an epoch; an incomplete last batch is left out
     update, state = make_update(model, args, args.batch_size, max(1, args.epochs * steps))
     state["model"] = model
     history = load_checkpoint(args, state, data)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        order, generator = epoch_order(args, epoch, images, device)
+        order, seed = common.epoch_order(M, args.batch_size, args.seed, epoch, RANK, WORLD)
+        generator = torch.Generator(device).manual_seed(seed)  # of the views
         log = []
         model.train()
         for step, batch in enumerate(common.batches(images, order, N, device)):  # (N, 3, S, S)
@@ -551,16 +552,6 @@ def make_update(model, args, batch_size, steps):
         schedule.step()
 
     return update, {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-
-
-def epoch_order(args, epoch, images, device):
-    """The row numbers of this process's images in an epoch, shuffled, and the generator of their
-    views. Both follow from seed and epoch alone, so that a resumed run repeats them."""
-    seed = args.seed * 100_000 + epoch
-    used = len(images) // args.batch_size * args.batch_size
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:used]
-    generator = torch.Generator(device).manual_seed(seed + 50_000 * (RANK + 1))
-    return order[RANK::WORLD].to(device), generator
 
 
 def fast_dtype(device):
@@ -875,6 +866,9 @@ def parse_args(argv=None, Args=Args, doc=__doc__, shapes=SHAPES):
         close = difflib.get_close_matches(unknown[0].split("=")[0], map(option, flags), 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    for name, value in typed.items():
+        if value == "":  # of a shell variable that is not set
+            parser.error(f"{option(name)}: is empty")
 
     if "resume" in typed:
         folder = typed["resume"]

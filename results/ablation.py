@@ -46,33 +46,40 @@ class EncodesMaskTokens(mae.MaskedAutoencoder):
         tokens = self.encoder.embed(images)  # (B, L, D)
         _, mask, _ = mae.random_masking(tokens, mask_ratio, noise)
         hidden = self.encoder_mask_token + self.encoder.pos_embed[:, 1:]
-        latent = self.encoder.encode(
-            torch.where(mask[:, :, None] == 1, hidden, tokens)
-        )  # (B, 1 + L, D)
+        seen = torch.where(mask[:, :, None] == 1, hidden, tokens)
+        latent = self.encoder.encode(seen)  # (B, 1 + L, D)
         return self.decode(self.decoder_embed(latent)), mask
 
 
-def grid_masking(tokens, mask_ratio, noise, masking=mae.random_masking):
+# The scripts' own, which the parts below build on when they stand in their place.
+random_masking = mae.random_masking
+augmented = mae.augmented
+load_dataset = common.load_dataset
+
+
+def grid_masking(tokens, mask_ratio, noise):
     """The lecture's table (f): keeps one patch of every 2 x 2 first."""
     odd = torch.arange(math.isqrt(tokens.shape[1]), device=noise.device) % 2 == 1
-    return masking(tokens, mask_ratio, noise + (odd[:, None] | odd).flatten())
+    last = (odd[:, None] | odd[None]).flatten()  # three patches of every four
+    return random_masking(tokens, mask_ratio, noise + last)
 
 
-def block_masking(tokens, mask_ratio, noise, masking=mae.random_masking, count=16):
+def block_masking(tokens, mask_ratio, noise, count=16):
     """The lecture's table (f): removes rectangles, as BEiT does, each of at least 8 % of the image,
     one after the other until enough is gone, and of the last one a part. The noise draws them as
     well, so that a run can be resumed."""
-    B, side, areas = len(noise), math.isqrt(tokens.shape[1]), (0.08, max(0.08, mask_ratio))
+    B = len(noise)
+    side = math.isqrt(tokens.shape[1])
+    areas = (0.08, max(0.08, mask_ratio))
     generator = torch.Generator(noise.device).manual_seed(int(noise.double().sum() * 1e6))
     boxes = common.random_boxes(B * count, side, side, areas, (0.3, 1 / 0.3), generator)
     top, left, height, width = boxes[:, :, None].unbind(1)  # (B * count, 1)
     line = torch.arange(side, device=noise.device)
-    rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)
+    rows = (line >= top) & (line < top + height)
+    columns = (line >= left) & (line < left + width)
     inside = (rows[:, :, None] & columns[:, None, :]).view(B, count, -1)
-    rank = torch.arange(count, 0, -1, device=noise.device)[
-        :, None
-    ]  # the first rectangle has the highest
-    return masking(tokens, mask_ratio, noise + (inside * rank).amax(1))
+    rank = torch.arange(count, 0, -1, device=noise.device)  # the first rectangle goes first
+    return random_masking(tokens, mask_ratio, noise + (inside * rank[:, None]).amax(1))
 
 
 def not_augmented(images, args, generator):
@@ -86,30 +93,32 @@ def shifted(images, args, generator):
     return common.random_crop(images / 255, images.shape[3] // 8, generator)
 
 
-def cropped_and_jittered(images, args, generator, cropped=mae.augmented):
+def cropped_and_jittered(images, args, generator):
     """The lecture's table (e)."""
-    return common.random_color_jitter(
-        cropped(images, args, generator), generator, 0.4, 0.4, 0.4, 0.1
-    )
+    x = augmented(images, args, generator)
+    return common.random_color_jitter(x, generator, 0.4, 0.4, 0.4, 0.1)
 
 
-def split_by_caption(*args, load=common.load_dataset):
+def split_by_caption(*source):
     """The test images are trained on as well, with all captions but one, which is tested: the first
     of the first image, the second of the next, and so on, since a file may sort them."""
-    data = load(*args)
-    tested = [(i % len(texts), texts) for i, texts in enumerate(data.test_captions)]
+    data = load_dataset(*source)
+    learned = list(data.train_captions)
+    tested = []
+    for i, texts in enumerate(data.test_captions):
+        k = i % len(texts)
+        learned.append(texts[:k] + texts[k + 1 :])
+        tested.append([texts[k]])
+    images = torch.cat([data.train_images, data.test_images])
     return dataclasses.replace(
         data,
-        train_images=torch.cat([data.train_images, data.test_images]).contiguous(
-            memory_format=torch.channels_last
-        ),
-        train_captions=data.train_captions + [texts[:i] + texts[i + 1 :] for i, texts in tested],
-        test_captions=[[texts[i]] for i, texts in tested],
+        train_images=images.contiguous(memory_format=torch.channels_last),
+        train_captions=learned,
+        test_captions=tested,
     )
 
 
 CHANGES = {  # what stands in which place
-    "": (),
     "encode-mask-tokens": (mae, "MaskedAutoencoder", EncodesMaskTokens),
     "block": (mae, "random_masking", block_masking),
     "grid": (mae, "random_masking", grid_masking),
@@ -120,12 +129,12 @@ CHANGES = {  # what stands in which place
 }
 
 # method: flags of all its runs, and what the printed table shows of them
+RECALLS = ("text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")
 METHODS = {
     "moco": ("--warmup 0", ("linear_probe", "knn")),
     "mae": ("--fine-tune", ("fine_tuned", "linear_probe", "from_scratch")),
-    "clip": ("--dataset data/flickr8k --encoder small --eval-every 5", (
-                 "text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")),
-}  # fmt: skip
+    "clip": ("--dataset data/flickr8k --encoder small --eval-every 5", RECALLS),
+}
 
 # table: rows of a name, flags, the paper's numbers in percent (ImageNet), and a change; tables of a
 # method share the runs of equal rows. MoCo's have the temperature that is best for their head in
@@ -189,7 +198,8 @@ TABLES = {
 def train(method, flags, change, folder):
     """A run of METHOD.py in this folder, begun or continued, with a part of it replaced."""
     if change:
-        setattr(*CHANGES[change])
+        module, name, part = CHANGES[change]
+        setattr(module, name, part)
     script = importlib.import_module(method)
     begun = (folder / "checkpoint.pt").exists()
     args = script.parse_args(["--resume", str(folder)] if begun else [*flags, "--out", str(folder)])
@@ -197,57 +207,86 @@ def train(method, flags, change, folder):
     script.main(args)
 
 
-def measure(method, flags, change, seed, commit):
+def train_in_a_process(*inputs):
+    """The same, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        process.apply(train, inputs)
+
+
+def measure(method, flags, change, seed, commit, train):
     """The run of a row with a seed, trained if it is not there -> its record."""
-    slug = "-".join(filter(None, (method + re.sub("[^a-z0-9.]+", "-", flags), change)))
+    slug = method + re.sub("[^a-z0-9.]+", "-", flags)
+    if change:
+        slug += f"-{change}"
     folder = Path(f"runs/ablation-{commit[:7]}/{slug}-seed{seed}")
     if not (folder / "summary.json").exists():
         every_flag = [*f"{METHODS[method][0]} {flags}".split(), "--seed", str(seed)]
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            process.apply(train, (method, every_flag, change, folder))
+        train(method, every_flag, change, folder)
     summary = json.loads((folder / "summary.json").read_text())
     about = {key: summary[key] for key in ("date", "device", "threads", "torch", "total_seconds")}
     return {"seed": seed, "commit": commit} | about | summary["history"][-1] | summary["trained"]
 
 
+def rows_of(table, seeds, commit, train=train_in_a_process):
+    """The rows of a table, each with a run of every seed."""
+    method = table.split("-")[0]
+    rows = []
+    for case, flags, paper, *change in TABLES[table]:
+        change = "".join(change)
+        row = {"case": case, "flags": f"{METHODS[method][0]} {flags}".strip(), "change": change}
+        row["paper"] = [number / 100 for number in paper]
+        row["runs"] = [measure(method, flags, change, seed, commit, train) for seed in seeds]
+        rows.append(row)
+    return rows
+
+
 def spread(values):
     """Fractions of all seeds -> their mean and standard deviation, as text."""
-    return (
-        f"{statistics.mean(values):.1%} ± {statistics.stdev(values) if len(values) > 1 else 0:.1%}"
-    )
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.mean(values):.1%} ± {deviation:.1%}"
 
 
-if __name__ == "__main__":
+def print_table(table, rows):
+    """Mean and standard deviation of the columns of the method, beside the paper's numbers."""
+    _, columns = METHODS[table.split("-")[0]]
+    print(f"\n{'':20}{'paper':>16}" + "".join(f"{column:>19}" for column in columns))
+    for row in rows:
+        paper = " / ".join(f"{number:.1%}" for number in row["paper"])
+        cells = [spread([run[column] for run in row["runs"]]) for column in columns]
+        print(f"{row['case']:20}{paper:>16}" + "".join(f"{cell:>19}" for cell in cells))
+
+
+def commit_of_the_code():
+    """Its 40 digits, or another text if some changes are in no commit."""
+    git = "git describe --always --dirty --exclude '*' --abbrev=40"
+    root = Path(__file__).parent
+    done = subprocess.run(git, shell=True, cwd=root, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def main(argv=None, commit=None, train=train_in_a_process):
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--record", type=Path, help="a JSON file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.record and not args.record.parent.is_dir():
         parser.error(f"--record {args.record}: there is no such folder")
-    git = "git describe --always --dirty --exclude '*' --abbrev=40"
-    commit = subprocess.run(
-        git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    commit = commit_of_the_code() if commit is None else commit
     if not re.fullmatch("[0-9a-f]{40}", commit):
-        sys.exit("error: commit your changes first: a run is named after the commit of its code")
-    method, rows = args.table.split("-")[0], []
-    flags_of_all, columns = METHODS[method]
-    for case, flags, paper, *change in TABLES[args.table]:
-        change = "".join(change)
-        try:
-            runs = [measure(method, flags, change, seed, commit) for seed in args.seeds]
-        except common.UserError as error:
-            sys.exit(f"error: {error}")
-        row = {"case": case, "flags": f"{flags_of_all} {flags}".strip(), "change": change}
-        rows.append(row | {"paper": [number / 100 for number in paper], "runs": runs})
-    print(f"\n{'':20}{'paper':>16}" + "".join(f"{column:>19}" for column in columns))
-    for row in rows:
-        paper = " / ".join(f"{number:.1%}" for number in row["paper"])
-        cells = [spread([run[column] for run in row["runs"]]) for column in columns]
-        print(f"{row['case']:20}{paper:>16}" + "".join(f"{cell:>19}" for cell in cells))
+        parser.error("commit your changes first: a run is named after the commit of its code")
+    try:
+        rows = rows_of(args.table, args.seeds, commit, train)
+    except common.UserError as error:
+        sys.exit(f"error: {error}")
+    print_table(args.table, rows)
     if args.record:
         content = {"command": shlex.join(["python", *sys.argv]), "rows": rows}
         args.record.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,99 +40,107 @@ LABELS = {
 }
 
 
-def read(path, key):
-    """A run folder or a record -> its history, one dict an epoch, or another table of the
-    summary."""
-    if path.is_dir() and key == "history":
+def read(path):
+    """A run folder, finished or not, or a record -> its history, one dict an epoch."""
+    if path.is_dir():
         return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((path / "summary.json" if path.is_dir() else path).read_text())
-    if key == "few_shot":
-        found = [
-            (n, summary["trained"].get(f"linear_probe_{n}_per_class")) for n in (1, 2, 4, 8, 16)
-        ]
-        zero_shot = summary["trained"].get("zero_shot")
-        return [
-            {"labels_per_class": n, "linear_probe": y, "zero_shot": zero_shot}
-            for n, y in found
-            if y is not None
-        ]
-    return summary[key]
+    return json.loads(path.read_text())["history"]
 
 
-def curve(rows, x, y):
-    return zip(*((row[x], row[y]) for row in rows if row.get(y) is not None), strict=True)
+def read_summary(path):
+    """A folder of a finished run, or a record -> summary.json."""
+    return json.loads((path / "summary.json" if path.is_dir() else path).read_text())
+
+
+def few_labels(summary):
+    """A run with --labels -> rows of accuracies."""
+    return summary["semi_supervised"]
+
+
+def few_shot(summary):
+    """A run of clip.py -> rows of the accuracies of few-shot probes, and zero-shot."""
+    trained = summary["trained"]
+    rows = []
+    for n in (1, 2, 4, 8, 16):
+        if f"linear_probe_{n}_per_class" in trained:
+            probe = trained[f"linear_probe_{n}_per_class"]
+            row = {"labels per class": n, "linear_probe": probe, "zero_shot": trained["zero_shot"]}
+            rows.append(row)
+    return rows
+
+
+def plot(panel, rows, x, y, label, **style):
+    """One column of rows over another, without the rows that lack it."""
+    rows = [row for row in rows if row.get(y) is not None]
+    panel.plot([row[x] for row in rows], [row[y] for row in rows], label=label, marker="o", **style)
 
 
 def finish(figure, panels, out):
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(out, dpi=120)
 
 
-def draw(runs, out):
-    """runs {name: lines} -> a figure with a panel for each quantity that they have."""
-    keys = [
-        key
-        for key in LABELS
-        if any(line.get(key) is not None for lines in runs.values() for line in lines)
-    ]
+def draw_curves(runs, out):
+    """runs {name: history} -> a figure with a panel for each quantity that they have."""
+    logged = {name for history in runs.values() for line in history for name in line}
+    keys = [key for key in LABELS if key in logged]
     if not keys:
         raise ValueError("no epoch is logged yet")
+    size = (4 * len(keys), 3.4)
     figure, panels = pyplot.subplots(
-        1, len(keys), figsize=(4 * len(keys), 3.4), layout="constrained", squeeze=False
+        1, len(keys), figsize=size, layout="constrained", squeeze=False
     )
     for panel, key in zip(panels[0], keys, strict=True):
-        for name, lines in runs.items():
-            if any(line.get(key) is not None for line in lines):
-                panel.plot(*curve(lines, "epoch", key), marker="o", markersize=3, label=name)
+        for name, history in runs.items():
+            plot(panel, history, "epoch", key, name, markersize=3)
         panel.set(xlabel="epoch", title=LABELS[key])
     finish(figure, panels[0], out)
 
 
-def draw_labels(runs, out, x="labels"):
-    """runs {name: rows of a table with a number of labels in the column x} -> accuracy on test over
+def draw_labels(runs, out):
+    """runs {name: rows, of which the first column is a number of labels} -> accuracies on test over
     that number."""
     figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    counts = set()
     for name, rows in runs.items():
         if not rows:
-            raise ValueError(f"{name} has no table of accuracies over {x.replace('_', ' ')}")
-        for key in rows[0]:
-            if key != x:
-                label = (
-                    key.replace("_", " ") if len(runs) == 1 else f"{name}, {key.replace('_', ' ')}"
-                )
-                panel.plot(
-                    *curve(sorted(rows, key=lambda row: row[x]), x, key), marker="o", label=label
-                )
-    counts = sorted({row[x] for rows in runs.values() for row in rows})
-    panel.set(xscale="log", xlabel=x.replace("_", " "), ylabel="accuracy on test", ylim=(0, 1.03))
-    panel.set_xticks(counts, [f"{count:,}" for count in counts])
+            raise ValueError(f"{name} has no accuracies with few labels")
+        x, *keys = rows[0]
+        rows = sorted(rows, key=lambda row: row[x])
+        counts |= {row[x] for row in rows}
+        for key in keys:
+            title = key.replace("_", " ")
+            plot(panel, rows, x, key, title if len(runs) == 1 else f"{name}, {title}")
+    panel.set(xscale="log", xlabel=x, ylabel="accuracy on test", ylim=(0, 1.03))
+    panel.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
     panel.minorticks_off()
     finish(figure, [panel], out)
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--labels", dest="table", action="store_const", const="semi_supervised")
-    parser.add_argument("--few-shot", dest="table", action="store_const", const="few_shot")
+    parser.add_argument("--labels", dest="table", action="store_const", const=few_labels)
+    parser.add_argument("--few-shot", dest="table", action="store_const", const=few_shot)
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
-        runs = {path.stem: read(path, args.table or "history") for path in args.runs}
         if args.table:
-            draw_labels(
-                runs,
-                args.out,
-                x="labels" if args.table == "semi_supervised" else "labels_per_class",
-            )
+            runs = {path.stem: args.table(read_summary(path)) for path in args.runs}
+            draw_labels(runs, args.out)
         else:
-            draw(runs, args.out)
+            runs = {path.stem: read(path) for path in args.runs}
+            draw_curves(runs, args.out)
     except (OSError, KeyError, ValueError) as error:
         sys.exit(f"error: not a run folder or a record ({error})")
+
+
+if __name__ == "__main__":
+    main()

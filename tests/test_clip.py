@@ -438,7 +438,7 @@ def test_validation_is_recall_at_10_in_both_directions(few, monkeypatch):
 
 def test_unseen_pairs_are_in_neither_training_nor_validation():
     data = clip.hold_out_pairs(SHAPES())
-    pairs = list(zip(common.SHAPES, common.COLORS, strict=True))
+    pairs = list(zip(common.SILHOUETTES, common.COLORS, strict=True))
     for captions in (data.train_captions, data.val_captions):
         for shape, color in pairs:
             assert not any(f"the {shape} is {color}" in texts for texts in captions)
@@ -791,7 +791,7 @@ def test_images_are_sorted_into_classes(asked, capsys):
 
 def test_classes_are_matched_by_name(asked):
     """In whatever order and capitals, beside other words or not."""
-    names = list(common.SHAPES)
+    names = list(common.SILHOUETTES)
     exchanged = [names[9], *names[1:9], names[0]]
     counts, accuracy = resumed(asked, "--zero-shot-classes", ",".join(names))
     other_counts, other_accuracy = resumed(

@@ -1,6 +1,6 @@
-"""Every number in README.md and results/README.md is what a record says."""
+"""Every number in README.md, results/README.md and the docstrings is what a record says."""
 
-import json
+import ast
 import math
 import re
 import statistics
@@ -8,365 +8,219 @@ from pathlib import Path
 
 import pytest
 
+from results import tables
+from results.tables import change, percent
+
 ROOT = Path(__file__).parent.parent
-RECORDS = {
-    path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))
-}
-PAGES = {  # each paragraph in one line
-    name: re.sub(r"(?<=[^\n|])\n(?=[^\n|])", " ", (ROOT / name).read_text())
-    for name in ("README.md", "results/README.md")
-}
-KEYS = {"clip": ("linear_probe", None), "dino": ("linear_probe_with_mean", "knn_with_mean")}
-TITLES = {
-    "simclr": "SimCLR", "moco": "MoCo v2", "rotnet": "RotNet, block 2", "mae": "MAE, patch tokens",
-    "dino": "DINO, all tokens", "clip": "CLIP",
-}  # fmt: skip
+SCRIPTS = ("simclr.py", "moco.py", "rotnet.py", "mae.py", "dino.py", "clip.py")
 
 
-def percent(*values):
-    return " → ".join(f"{100 * value:.1f}" for value in values) + " %"
+def one_line(text):
+    """Each paragraph in one line, tables as they are."""
+    return re.sub(r"(?<=[^\n|])\n(?=[^\n|])", " ", text)
 
 
-def spread(values):
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f} %"
+# ==================================================================================================
+# Tables
+# ==================================================================================================
 
 
-def row(*cells):
-    return "| " + " | ".join(cells) + " |"
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_the_tables_are_up_to_date(page):
+    text = (ROOT / page).read_text()
+    assert tables.with_tables(text) == text, "run python results/tables.py"
 
 
-def seeds(method):
-    return [RECORDS[f"{method}-shapes-seed{seed}"] for seed in (0, 1, 2)]
+def test_every_table_is_on_one_page():
+    text = "".join((ROOT / page).read_text() for page in tables.PAGES)
+    names = [name for _, name, _ in tables.TABLE.findall(text)]
+    assert sorted(names) == sorted(tables.TABLES)
+    assert text.count("<!--") == 2 * len(names)  # no marker that is misspelt
 
 
-def change(records, key):
-    """Untrained → trained, the mean of the records."""
-    if key is None:
-        return ""
-    return percent(
-        *(
-            statistics.mean(record[part][key] for record in records)
-            for part in ("untrained", "trained")
-        )
-    )
+def test_a_table_that_is_out_of_date_is_made_anew():
+    text = "Before.\n\n<!-- table: mae_fine_tuned -->\n| 1 % |\n<!-- end -->\n\nAfter.\n"
+    trained = tables.RECORDS["mae-shapes-fine-tune"]["trained"]
+    row = f"| {percent(trained['fine_tuned'])} | {percent(trained['from_scratch'])} |"
+    header = "| pretrained | from scratch, same recipe |\n|---|---|"
+    table = f"<!-- table: mae_fine_tuned -->\n{header}\n{row}\n<!-- end -->"
+    assert tables.with_tables(text) == f"Before.\n\n{table}\n\nAfter.\n"
 
 
-def main_table():
-    for method in ("simclr", "moco"):
-        record = RECORDS[f"{method}-cifar10-seed0"]
-        assert record["command"].startswith(
-            command := f"python {method}.py --dataset cifar10 --compile"
-        )
-        values = [change([record], key) for key in ("linear_probe", "knn")]
-        seconds = f"pretraining {record['pretrain_seconds']:.0f} s"
-        yield row(TITLES[method], f"`{command}`", *values, seconds, "H200")
-    for method, title in TITLES.items():
-        records = seeds(method)
-        values = [change(records, key) for key in KEYS.get(method, ("linear_probe", "knn"))]
-        seconds = f"{statistics.mean(record['total_seconds'] for record in records):.0f} s"
-        yield row(title, f"`python {method}.py`", *values, seconds, "2 CPU cores")
-    for method in ("simclr", "moco", "rotnet", "mae", "dino"):
-        record = RECORDS[f"{method}-cifar10-small-seed0"]
-        assert record["command"].startswith(
-            command := f"python {method}.py --dataset cifar10 --encoder small"
-        )
-        values = [change([record], key) for key in KEYS.get(method, ("linear_probe", "knn"))]
-        yield row(
-            TITLES[method],
-            f"`{command}`",
-            *values,
-            f"{record['total_seconds'] / 60:.0f} min",
-            "2 CPU cores",
-        )
+def test_cells():
+    assert percent(0.12345) == "12.3 %"
+    assert percent(0.1, 0.987) == "10.0 → 98.7 %"
+    assert tables.spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0 %"
+    records = [{"untrained": {"x": 0.1}, "trained": {"x": y}} for y in (0.5, 0.7)]
+    assert change("x", *records) == "10.0 → 60.0 %"
+    assert change("", *records) == ""
+    assert tables.markdown([("a", "b"), ("1", "")]) == "| a | b |\n|---|---|\n| 1 |  |\n"
 
 
-def flickr_row():
-    record = RECORDS["clip-flickr8k-small-seed0"]
-    recall = change([record], "text_to_image_r10")
-    minutes = f"{record['total_seconds'] / 60:.0f} min"
-    yield row("CLIP, recall@10", f"`{record['command']}`", recall, "", minutes, "2 CPU cores")
+# ==================================================================================================
+# Numbers in sentences
+# ==================================================================================================
 
 
-def seed_table():
-    for method, title in TITLES.items():
-        for key in filter(None, KEYS.get(method, ("linear_probe", "knn"))):
-            values = [change([record], key) for record in seeds(method)]
-            yield row(title, "kNN" if "knn" in key else "linear probe", *values)
-
-
-def projection_table():
-    for head, name in (
-        ("none", "projection-none"),
-        ("linear", "projection-linear"),
-        ("mlp", "seed0"),
-    ):
-        trained = RECORDS[f"simclr-shapes-{name}"]["trained"]
-        keys = ("linear_probe", "linear_probe_z", "knn", "knn_z")
-        yield row(head, *(percent(trained[key]) if key in trained else "" for key in keys))
-
-
-def label_tables():
-    for name, title in (
-        ("simclr-shapes-labels", "shapes"),
-        ("simclr-cifar10-small-labels", "CIFAR-10 †"),
-    ):
-        for line in RECORDS[name]["semi_supervised"]:
-            keys = ("linear_probe", "fine_tuned", "from_scratch")
-            yield row(title, f"{line['labels']:,}", *(percent(line[key]) for key in keys))
-    for line in RECORDS["rotnet-shapes-labels"]["semi_supervised"]:
-        yield row(f"{line['labels']:,}", percent(line["frozen"]), percent(line["from_scratch"]))
-
-
-def rotnet():
-    blocks = RECORDS["rotnet-shapes-labels"]["blocks"]
-    for number, (before, after) in enumerate(
-        zip(blocks["untrained"], blocks["trained"], strict=True), 1
-    ):
-        cells = (
-            percent(before[k], after[k]) if k in after else ""
-            for k in ("linear_probe", "knn", "nonlinear", "conv")
-        )
-        yield row(f"block {number}", *cells)
-    yield row(
-        "rotations", *(percent(record["pretext_task"]["rotation"]) for record in seeds("rotnet"))
-    )
-
-
-def ablations():
-    columns = {
-        "moco-ablation": ("linear_probe", "knn"),
-        "mae-mask-token": ("fine_tuned", "linear_probe", "from_scratch"),
-        "mae-mask-ratio": ("fine_tuned", "linear_probe"),
-        "mae-target": ("fine_tuned", "linear_probe"),
-    }
-    for name, keys in columns.items():
-        papers = 1 if name == "moco-ablation" else 2
-        for line in RECORDS[name]["rows"]:
-            paper = [percent(value) for value in line["paper"]] or [""] * papers
-            yield row(
-                line["case"], *paper, *(spread([run[key] for run in line["runs"]]) for key in keys)
-            )
-    for line in RECORDS["clip-split"]["rows"]:
-        keys = ("text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")
-        yield row(line["case"], *(percent(line["runs"][0][key]) for key in keys))
-
-
-def mae():
-    for name, key in (
-        ("mean of the patch tokens", "linear_probe"),
-        ("class token", "linear_probe_class_token"),
-    ):
-        yield row(name, *(change([record], key) for record in seeds("mae")))
-    trained = RECORDS["mae-shapes-fine-tune"]["trained"]
-    yield row(percent(trained["fine_tuned"]), percent(trained["from_scratch"]))
-    record = RECORDS["mae-masking-cpu"]
-    for name, rate in record["images_per_second"].items():
-        yield row(name, f"{rate:.0f} images/s", f"{record['flop_per_image'][name] / 1e6:.0f} MFLOP")
-
-
-def dino():
-    for title, name in (
-        ("centered and sharpened", "seed0"),
-        ("not centered", "no-centering"),
-        ("not sharpened", "no-sharpening"),
-    ):
-        record = RECORDS[f"dino-shapes-{name}"]
-        last = record["history"][-1]
-        scores = (change([record], key) for key in ("linear_probe_with_mean", "knn_with_mean"))
-        yield row(
-            title, *(f"{last[key]:.2f}" for key in ("entropy", "entropy_of_mean", "kl")), *scores
-        )
-    features = (
-        ("class token, linear probe", "linear_probe"),
-        ("class token, kNN of the paper", "knn_20"),
-    )
-    for name, key in features:
-        yield row(name, *(change([record], key) for record in seeds("dino")))
-
-
-def clip():
-    for seed, record in enumerate(seeds("clip")):
-        yield row(f"{seed}", *(change([record], key) for key in ("zero_shot", "zero_shot_unseen")))
-    trained = RECORDS["clip-shapes-seed0"]["trained"]
-    shots = (percent(trained[f"linear_probe_{n}_per_class"]) for n in (1, 2, 4, 8, 16))
-    yield row("accuracy", *shots, percent(trained["zero_shot"]))
-    record = RECORDS["clip-flickr8k-small-seed0"]
-    for name, way in (
-        ("a caption finds its image", "text_to_image"),
-        ("an image finds a caption", "image_to_text"),
-    ):
-        yield row(name, *(change([record], f"{way}_r{k}") for k in (1, 5, 10)))
-    yield f"zero-shot, {percent(RECORDS['clip-flickr8k-small-zero-shot-cifar10']['zero_shot'])}"
-    yield f"{percent(record['unknown_words'])} of the words"
-
-
-FAMILIES = {
-    "ResNet": ("simclr", "moco", "barlow_twins", "vicreg", "swav", "simsiam", "byol", "clip"),
-    "NiN": ("rotnet", "relative_patch", "jigsaw", "colorization", "inpainting"),
-    "ViT": ("mae", "simmim", "dino"),
-}
-RELATIVES = {
-    "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "swav": "SwAV",
-    "simsiam": "SimSiam", "byol": "BYOL",
-    "relative_patch": "relative patches",
-    "jigsaw": "jigsaw puzzles", "colorization": "colorization",
-    "inpainting": "inpainting", "simmim": "SimMIM",
-}  # fmt: skip
-
-
-def scores(record, method=""):
-    return [change([record], key) for key in KEYS.get(method, ("linear_probe", "knn"))]
-
-
-def relatives():
-    for encoder, methods in FAMILIES.items():
-        for method in methods:
-            record = RECORDS[f"{method}-shapes-seed0"]
-            assert method not in RELATIVES or record["command"] == f"python relatives/{method}.py"
-            name = RELATIVES.get(method) or TITLES[method].split(",")[0]
-            yield row(encoder, name, *scores(record, method), f"{record['total_seconds']:.0f} s")
-    for name, title in (
-        ("simsiam-shapes-seed0", "SimSiam"),
-        ("simsiam-shapes-no-predictor", "SimSiam, no predictor"),
-        ("simsiam-shapes-no-stop-gradient", "SimSiam, gradients to both sides"),
-        ("byol-shapes-seed0", "BYOL"),
-        ("byol-shapes-no-predictor", "BYOL, no predictor"),
-    ):
-        yield row(title, f"{RECORDS[name]['history'][-1]['spread']:.2f}", *scores(RECORDS[name]))
-    for title, data in (("shapes", "shapes"), ("CIFAR-10", "cifar10-small")):
-        for name, patches in (("seed0", "with gaps, moved at random"), ("shortcuts", "without")):
-            record = RECORDS[f"relative_patch-{data}-{name}"]
-            yield row(title, patches, percent(record["pretext_task"]["position"]), *scores(record))
-    solved = RECORDS["jigsaw-shapes-seed0"]["pretext_task"]["permutation"]
-    yield f"{percent(solved)} of the permutations"
-    for title, name in (
-        ("shapes", "colorization-shapes-seed0"),
-        ("CIFAR-10", "colorization-cifar10-small-seed0"),
-    ):
-        yield row(title, *scores(RECORDS[name]))
-    for name, title in (("no-adversary", "0"), ("seed0", "0.001"), ("adversary-1", "1")):
-        record = RECORDS[f"inpainting-shapes-{name}"]
-        terms = [
-            f"{record['pretext_task'][key]:.2f}"
-            for key in ("reconstruction", "adversarial", "sharpness")
-        ]
-        yield row(title, *terms, *scores(record))
-    tuned = RECORDS["simmim-shapes-fine-tune"]["trained"]
-    yield f"{percent(tuned['fine_tuned'])} against {percent(tuned['from_scratch'])} from scratch"
-
-
-def speed():
-    for name, title in (
-        ("cpu", "CPU"),
-        ("cpu-compiled", "CPU, compiled"),
-        ("h200", "H200, compiled †"),
-    ):
-        record = RECORDS[f"benchmark-{name}"]
-        views, images, share = (
-            record[key] for key in ("views_per_second", "images_per_second", "share_of_bound")
-        )
-        rates = (*views.values(), *images.values())
-        yield row(
-            title,
-            *(f"{rate:,.0f}" for rate in rates),
-            *(f"{share[key]:.2f}" for key in ("live", "lightly")),
-        )
-    for size, peak in RECORDS["benchmark-queue-cpu"]["peak_memory_gb"].items():
-        yield row(f"{int(size):,}", f"{peak:.2f} GB")
-
-
-def in_words():
-    """What the findings say in words."""
-
-    def mean(name, case, key):
-        return statistics.mean(run[key] for run in RECORDS[name]["rows"][case]["runs"])
-
-    words = {7: "seven", 12: "twelve"}
-    head = mean("moco-ablation", 0, "linear_probe") - mean("moco-ablation", 1, "linear_probe")
-    yield f"costs {words[round(100 * head)]} points"
-    normalized = mean("mae-target", 0, "linear_probe") - mean("mae-target", 1, "linear_probe")
-    yield f"loses {words[round(100 * normalized)]} points"
-    recall = RECORDS["clip-flickr8k-small-seed0"]["trained"]["text_to_image_r10"]
-    assert 18 < recall / (10 / 1000) < 22  # ten of 1,000 images
-    yield "about twenty times as much as chance"
-    record = RECORDS["benchmark-queue-cpu"]
-    few, many = record["peak_memory_gb"].values()
-    assert 0.09 < many - few < 0.12 and 0.25 < record["queue_grows_by_gb"] / (many - few) < 0.4
-    yield "cost a tenth of a gigabyte, a third of it the queue itself"
-
-
-def losses():
+def readme():
+    """What sentences and tables by hand in README.md say."""
     yield f"log(2N - 1): {math.log(127):.2f} for N = 64, {math.log(1023):.2f} for 512"
     yield f"log(K + 1): {math.log(1025):.2f} for K = 1024, {math.log(4097):.2f} for 4096"
     yield f"log K: {math.log(256):.2f} for K = 256, {math.log(4096):.2f} for 4096"
     yield f"log N: {math.log(64):.2f} for N = 64"
     yield f"log 4 = {math.log(4):.2f}"
-    record = RECORDS["simclr-cifar10-seed0"]
-    steps = record["args"]["epochs"] * (50_000 // record["args"]["batch_size"])
+    record = tables.RECORDS["simclr-cifar10-seed0"]
+    epochs = record["args"]["epochs"]
+    steps = epochs * (50_000 // record["args"]["batch_size"])
     yield f"{steps:,} for SimCLR on CIFAR-10"
-    first, last = (record["history"][i]["loss"] for i in (0, -1))
-    yield f"{first:.2f} to {last:.2f} in {record['args']['epochs']} epochs"
+    first = record["history"][0]["loss"]
+    last = record["history"][-1]["loss"]
+    yield f"{first:.2f} to {last:.2f} in {epochs} epochs"
+    yield f"PyTorch with CUDA, {tables.RECORDS['install-linux']['gigabytes']:.1f} GB in all"
+    rates = tables.RECORDS["wait-policy-cpu"]["images_per_second"]
+    spinning = statistics.mean(rates["default"])
+    waiting = statistics.mean(rates["PASSIVE"])
+    assert 0.775 < waiting / spinning < 0.825
+    yield f"a fifth of the speed ({spinning:,.0f} → {waiting:,.0f} images/s)"
 
 
-def size():
-    yield f"PyTorch with CUDA, {RECORDS['install-linux']['gigabytes']:.1f} GB in all"
+def mean_of(name, row, key):
+    return statistics.mean(run[key] for run in tables.RECORDS[name]["rows"][row]["runs"])
 
 
-def waiting():
-    rates = RECORDS["wait-policy-cpu"]["images_per_second"]
-    before, after = (statistics.mean(rates[policy]) for policy in ("default", "PASSIVE"))
-    assert 0.775 < after / before < 0.825
-    yield f"a fifth of the speed ({before:,.0f} → {after:,.0f} images/s)"
+def findings():
+    """What sentences in results/README.md say."""
+    v1 = mean_of("moco-ablation", 0, "linear_probe")
+    with_head = mean_of("moco-ablation", 1, "linear_probe")
+    assert round(100 * (v1 - with_head)) == 12
+    yield "costs twelve points"
+    pixels = mean_of("mae-target", 0, "linear_probe")
+    normalized = mean_of("mae-target", 1, "linear_probe")
+    assert round(100 * (pixels - normalized)) == 7
+    yield "loses seven points"
+    memory = tables.RECORDS["benchmark-queue-cpu"]
+    few, many = memory["peak_memory_gb"].values()
+    assert 0.09 < many - few < 0.12
+    assert 0.25 < memory["queue_grows_by_gb"] / (many - few) < 0.4
+    yield "cost a tenth of a gigabyte, a third of it the queue itself"
+    flickr8k = tables.RECORDS["clip-flickr8k-small-seed0"]
+    assert 18 < flickr8k["trained"]["text_to_image_r10"] / (10 / 1000) < 22  # ten of 1,000 images
+    yield "about twenty times as much as chance"
+    yield f"{percent(flickr8k['unknown_words'])} of the words"
+    zero_shot = tables.RECORDS["clip-flickr8k-small-zero-shot-cifar10"]["zero_shot"]
+    yield f"zero-shot, {percent(zero_shot)}"
+    solved = tables.RECORDS["jigsaw-shapes-seed0"]["pretext_task"]["permutation"]
+    yield f"{percent(solved)} of the permutations"
+    tuned = tables.RECORDS["simmim-shapes-fine-tune"]["trained"]
+    yield f"{percent(tuned['fine_tuned'])} against {percent(tuned['from_scratch'])} from scratch"
+    K = tables.RECORDS["dino-shapes-seed0"]["args"]["out_dim"]
+    yield f"log {K} = {math.log(K):.2f}"
 
 
-SAID = {
-    "README.md": [main_table, flickr_row, losses, size, waiting],
-    "results/README.md": [
-        seed_table, projection_table, label_tables, rotnet, ablations, mae, dino, clip,
-        relatives, speed, in_words,
-    ],
-}  # fmt: skip
-SETTINGS = r"75 %|10 %|1 %"  # fractions that are asked for, not measured
+@pytest.mark.parametrize(
+    ("page", "phrases"), [("README.md", readme), ("results/README.md", findings)]
+)
+def test_numbers_in_sentences_have_their_record(page, phrases):
+    text = tables.TABLE.sub("", (ROOT / page).read_text())
+    text = one_line(text)
+    for phrase in phrases():
+        assert text.count(phrase) == 1, f"{page} does not say: {phrase}"
+        text = text.replace(phrase, "")
+    settings = r"75 %|10 %|1 %"  # asked for, or chance, not measured
+    units = r"%|s|min|GB|points?|times|images/s"
+    left = re.findall(rf"(?<![\d.,])(?!{settings})[\d.,]+ (?:{units})(?!\w)|[→±] \d.*", text)
+    assert left == []
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_number_has_its_record(page):
-    text = PAGES[page]
-    for source in SAID[page]:
-        for said in source():
-            assert text.count(said) == 1, f"{page} does not say: {said}"
-            text = text.replace(said, "")
-    assert (
-        re.findall(
-            rf"(?<![\d.,])(?!{SETTINGS})[\d.,]+ (?:%|s|min|GB|points?|times|images/s)(?!\w)"
-            r"|[→±] \d.*",
-            text,
-        )
-        == []
+def docstring(script):
+    """The paragraph about records."""
+    text = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    (paragraph,) = [part for part in text.split("\n\n") if "in results/)" in part]
+    return one_line(paragraph)
+
+
+def arrow(key, name):
+    return change(key, tables.RECORDS[name]).replace("→", "->")
+
+
+def docstrings():
+    """What the docstrings say."""
+    for method in ("simclr", "moco"):
+        yield f"{method}.py", f"shapes {arrow('linear_probe', f'{method}-shapes-seed0')}"
+        gpu = f"{method}-cifar10-seed0"
+        knn = arrow("knn", gpu)
+        yield f"{method}.py", f"CIFAR-10 {arrow('linear_probe', gpu)} (kNN {knn}) with ResNet-18"
+    seconds = tables.RECORDS["simclr-cifar10-seed0"]["pretrain_seconds"]
+    yield "simclr.py", f"{seconds:.0f} s of pretraining"
+    yield "rotnet.py", f"shapes {arrow('linear_probe', 'rotnet-shapes-seed0')}"
+    yield "mae.py", f"linear probe {arrow('linear_probe', 'mae-shapes-seed0')}"
+    tuned = tables.RECORDS["mae-shapes-fine-tune"]["trained"]
+    scratch = percent(tuned["from_scratch"])
+    yield (
+        "mae.py",
+        f"fine-tuned {percent(tuned['fine_tuned'])}, from scratch by the same recipe {scratch}",
     )
+    yield "dino.py", arrow("linear_probe_with_mean", "dino-shapes-seed0")
+    clip = tables.RECORDS["clip-shapes-seed0"]["trained"]
+    yield "clip.py", f"zero-shot {percent(clip['zero_shot'])}"
+    yield "clip.py", f"trained {arrow('linear_probe', 'clip-shapes-seed0')}"
+    flickr8k = tables.RECORDS["clip-flickr8k-small-seed0"]["trained"]
+    yield "clip.py", f"over 1,000 images {percent(flickr8k['text_to_image_r10'])}"
 
 
-def test_every_record_names_its_command_commit_device_version_and_date():
-    for name, record in RECORDS.items():
-        for run in [run for line in record.get("rows", []) for run in line["runs"]] or [record]:
-            assert re.fullmatch("[0-9a-f]{7,40}", run["commit"]) and re.fullmatch(
-                r"20\d\d-\d\d-\d\d", run["date"]
-            ), name
-            assert (
-                run["device"] and run["torch"] and record["command"].startswith(("python ", "OMP_"))
-            ), name
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_in_docstrings_have_their_record(script):
+    text = docstring(script)
+    for name, phrase in docstrings():
+        if name == script:
+            assert text.count(phrase) == 1, f"{script} does not say: {phrase}"
+            text = text.replace(phrase, "")
+    assert re.findall(r"\d[\d.]* (?:%|->|s\b)", text.replace("chance is 1 %", "")) == []
+
+
+# ==================================================================================================
+# Records and figures
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("name", tables.RECORDS)
+def test_a_record_names_where_it_comes_from(name):
+    record = tables.RECORDS[name]
+    assert record["command"].startswith(("python ", "OMP_"))
+    runs = [run for row in record.get("rows", []) for run in row["runs"]]
+    for run in runs or [record]:
+        assert re.fullmatch("[0-9a-f]{7,40}", run["commit"])
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", run["date"])
+        assert run["device"] and run["torch"]
+
+
+def test_every_record_is_on_a_page(monkeypatch):
+    asked = set()
+
+    class Noted(dict):
+        def __getitem__(self, name):
+            asked.add(name)
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(tables, "RECORDS", Noted(tables.RECORDS))
+    for page in tables.PAGES:
+        tables.with_tables((ROOT / page).read_text())
+    for phrases in (readme, findings, docstrings):
+        list(phrases())
+    assert asked == set(tables.RECORDS)
 
 
 def test_every_figure_is_shown():
-    shown = {
-        Path(path).name
-        for text in PAGES.values()
-        for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    }
+    shown = set()
+    for page in tables.PAGES:
+        text = one_line((ROOT / page).read_text())
+        paths = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+        shown |= {Path(path).name for path in paths}
     assert shown == {path.name for path in (ROOT / "results").glob("*.png")}
 
 
-def test_every_link_within_the_repository_leads_somewhere():
-    for page, text in PAGES.items():
-        for path in re.findall(r"\]\(([^)#:]*)\)", text):
-            assert ((ROOT / page).parent / path).exists(), path
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_links_within_the_repository_lead_somewhere(page):
+    text = one_line((ROOT / page).read_text())
+    for path in re.findall(r"\]\(([^)#:]*)\)", text):
+        assert ((ROOT / page).parent / path).exists(), path

@@ -418,6 +418,7 @@ def test_plain_images_are_measured_by_their_rotations(tmp_path, capsys):
 def test_one_labelled_image_is_enough(tiny_shapes, tmp_path):
     arrays = dict(np.load(tiny_shapes))
     one = {"train_labels": arrays["train_labels"][:1]}
+    one["test_labels"] = np.full(30, one["train_labels"][0])
     np.savez(tmp_path / "one.npz", **arrays | one)
     summary = small_run(tmp_path / "one.npz", tmp_path / "run", "--epochs", 1, "--labels", 1.0)
     assert "knn" not in summary["history"][0]
@@ -427,7 +428,7 @@ def test_one_labelled_image_is_enough(tiny_shapes, tmp_path):
 
 BAD = [
     (["--shift", "-1"], "--shift -1.0: must be from 0 to 0.5"),
-    (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
+    (["--labels", "500"], "error: labels 500: the smallest class has only 409 training images"),
     (["--encoder", "resnet18"], "--encoder: invalid choice: 'resnet18'"),
     (["--batch-size", "5000"], "--batch-size 5000: must be from 2 to 4096, the number of images"),
     (["--classifier-epochs", "0"], "--classifier-epochs 0: must be at least 1"),

@@ -604,8 +604,9 @@ def test_large_images_have_the_recipe_of_imagenet(
 
 
 BAD = [
-    (["--dataset", "cifar"], "--dataset cifar: not shapes"),
-    (["--dataset", "none.npz"], "none.npz: no such file"),
+    (["--dataset", "cifar"], "dataset cifar: is not shapes, cifar10, cifar100 or stl10, and there"),
+    (["--dataset", "none.npz"], "none.npz: there is no such file or folder"),
+    (["--dataset", ""], "--dataset: is empty"),
     (["--batch-size", "4097"], "--batch-size 4097: must be from 2 to 4096, the number of images"),
     (["--batch-size", "1"], "--batch-size 1: must be at least 2"),
     (["--lr", "-1"], "--lr -1.0: must be at least 0"),
@@ -624,15 +625,15 @@ BAD = [
     (["--device", "abacus"], "--device abacus: not available"),
     (["--device", "meta"], "--device meta: not available"),
     (["--dataset"], "--dataset: expected one argument"),
-    (["--labels", "500"], "--labels 500: the smallest class has only 409 training images"),
-    (["--labels", "0.1", "-2"], "--labels -2: must be a fraction up to 1.0, or a whole number"),
-    (["--labels", "1.5"], "--labels 1.5: must be a fraction"),
-    (["--labels", "0"], "--labels 0: must be a fraction"),
-    (["--labels", "few"], "--labels few: must be a fraction"),
+    (["--labels", "500"], "error: labels 500: the smallest class has only 409 training images"),
+    (["--labels", "0.1", "-2"], "error: labels -2: must be a fraction up to 1.0, or a whole"),
+    (["--labels", "1.5"], "error: labels 1.5: must be a fraction"),
+    (["--labels", "0"], "error: labels 0: must be a fraction"),
+    (["--labels", "few"], "error: labels few: must be a fraction"),
     (["--image-size", "4"], "--image-size 4: must be from 8 to 512"),
     (["--init", "none.pt"], "--init none.pt: does not fit --encoder small: [Errno 2] No such file"),
     (["--resume", "nothing"], "--resume nothing: there is no run of simclr.py in this folder"),
-    (["--resume", ""], "--resume : there is no run of simclr.py in this folder"),
+    (["--resume", ""], "--resume: is empty"),
 ]
 
 
@@ -856,7 +857,7 @@ def test_plain_images_are_pretrained_on(tmp_path, capsys, error_of):
     out = capsys.readouterr().out
     assert out.count(": 63 images, 32 x 32, 0 labels") == 2
     line = error_of(simclr.run, *words(album, album / "labels", *flags), "--labels", "0.1")
-    assert "--labels 0.1: the dataset has no labels" in line
+    assert "error: labels 0.1: the dataset has no labels" in line
 
 
 @pytest.mark.parametrize("kind", ["ten images", "one class", "captions"])

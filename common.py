@@ -424,14 +424,14 @@ def find_test_images(root, parts):
 
 
 def list_images(root):
-    """The same as find_images. Raises UserError if there are none."""
-    names, left_out = find_images(root)
+    """The same as walk_images. Raises UserError if there are none."""
+    names, left_out = walk_images(root)
     if not names:
         raise UserError(f"{root}: there are no images in it, such as .jpg or .png files")
     return names, left_out
 
 
-def find_images(root):
+def walk_images(root):
     """The image files below root, sorted and relative to it, and a count of the files left out, by
     suffix. Hidden ones and those in the folder of a run do not count at all. Links are followed, to
     each folder once. Raises UserError for what may not be read."""
@@ -450,14 +450,13 @@ def find_images(root):
                 continue
             seen.add(real)
             folders[:] = [name for name in folders if name[0] != "."]
-            for name in files:
-                if name[0] != ".":
-                    path = os.path.join(place, name)
-                    kind = kind_of(path)
-                    if kind in torchvision.datasets.folder.IMG_EXTENSIONS:
-                        names.append(os.path.relpath(path, root))
-                    else:
-                        left_out[kind] += 1
+            visible = [name for name in files if name[0] != "."]
+            for path in [os.path.join(place, name) for name in visible]:
+                kind = kind_of(path)
+                if kind in torchvision.datasets.folder.IMG_EXTENSIONS:
+                    names.append(os.path.relpath(path, root))
+                else:
+                    left_out[kind] += 1
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
     return sorted(names, key=os.fsencode), left_out
@@ -525,7 +524,7 @@ def captioned_dataset(file, data_dir, image_size):
         reason = f"none of {len(splits)} images is in train, or none in test"
         raise UserError(f"{file}: {reason}; a column split can say so")
     captioned = {os.path.realpath(root / path) for path in splits}
-    found, _ = find_images(root)
+    found, _ = walk_images(root)
     others = [path for path in found if os.path.realpath(root / path) not in captioned]
     left_out = describe_left_out({"images without caption": len(others)})
     if unused:

@@ -51,7 +51,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import ImageDraw
 from torch import nn
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.transforms.functional import to_pil_image
 
 import common
 from common import UserError
@@ -791,19 +791,22 @@ def describe(args, data, device, encoder, history, start):
 
 def save_sheet(path, blocks):
     """{title: images, float (R, C, 3, S, S) in [0, 1]}, side by side, in tiles of about 128."""
-    sheets = []
-    for title, images in blocks.items():
+    grids = []
+    for images in blocks.values():
         rows, columns, _, S, _ = images.shape
         zoom = max(1, round(128 / S))
-        tiles = F.interpolate(images.flatten(0, 1).cpu(), scale_factor=zoom)
-        tiles = F.pad(tiles, (zoom, 0, zoom, 0), value=1.0).unflatten(0, (rows, columns))
+        tiles = (255 * images.flatten(0, 1).cpu().clamp(0, 1)).round().byte()
+        tiles = F.interpolate(tiles, scale_factor=zoom)
+        tiles = F.pad(tiles, (zoom, 0, zoom, 0), value=255).unflatten(0, (rows, columns))
         grid = tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
-        grid = F.pad(grid, (8, 8 + zoom, 28, 16 + zoom), value=1.0)
-        sheet = to_pil_image(grid)
-        ImageDraw.Draw(sheet).text((8 + zoom, 6), title, fill="black", font_size=16)
-        sheets.append(to_tensor(sheet))
+        grids.append(F.pad(grid, (8, 8 + zoom, 28, 16 + zoom), value=255))
+    sheet = to_pil_image(torch.cat(grids, dim=2))
+    left = 8
+    for title, grid in zip(blocks, grids, strict=True):
+        ImageDraw.Draw(sheet).text((left + zoom, 6), title, fill="black", font_size=16)
+        left += grid.shape[2]
     file = io.BytesIO()
-    torchvision.utils.save_image(torch.cat(sheets, dim=2), file, format="png")
+    sheet.save(file, "png")
     save(path, file.getvalue())
 
 

@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import importlib
+import io
 import json
-import os
+import multiprocessing
 import socket
-import subprocess
 import sys
-from pathlib import Path
+import traceback
+import warnings
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from torch import nn
 
 import common
 
-TESTS = Path(__file__).parent
 SHAPES = functools.cache(common.shapes_dataset)
 
 
@@ -67,6 +67,28 @@ def shapes_once(monkeypatch):
 # ==================================================================================================
 # Runs
 # ==================================================================================================
+
+
+LBFGS = torch.optim.LBFGS
+
+
+def short_lbfgs(parameters, max_iter, **options):
+    return LBFGS(parameters, max_iter=min(5, max_iter), **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_probes():
+    """Linear probes end after five iterations, since most tests only compare them. In all tests
+    they would take more time than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "LBFGS", short_lbfgs)
+        yield
+
+
+@pytest.fixture
+def whole_probes(monkeypatch):
+    """Linear probes as they are, for tests of what they find."""
+    monkeypatch.setattr(torch.optim, "LBFGS", LBFGS)
 
 
 @pytest.fixture
@@ -170,32 +192,59 @@ def assert_ended_alike(run, unbroken, *keys):
 # ==================================================================================================
 
 
-def in_two_processes(function, *words):
-    """Calls a function of a test file in two processes, as torchrun would -> what each printed."""
+@pytest.fixture(scope="session")
+def in_two_processes():
+    """A function: calls a function of a test file with some words in two processes, as torchrun
+    would -> what each printed. They are started once, since importing PyTorch takes seconds."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    code = "import conftest, sys; conftest.join(*sys.argv[1:])"
-    words = [function.__module__, function.__name__, *map(str, words)]
-    started = []
+    connections = []
+    processes = []
+    context = multiprocessing.get_context("spawn")
     for rank in range(2):
+        ours, theirs = context.Pipe()
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        variables |= {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-        environment = os.environ | {name: str(value) for name, value in variables.items()}
-        command = [sys.executable, "-W", "error", "-c", code, *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes))
-    printed = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
-    return printed
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, str(value))
+            process = context.Process(target=work, args=(theirs,), daemon=True)
+            process.start()
+        connections.append(ours)
+        processes.append(process)
+
+    def call(function, *words):
+        for connection in connections:
+            connection.send((function.__module__, function.__name__, list(map(str, words))))
+        ended = []
+        for connection in connections:
+            assert connection.poll(timeout=120), "the two wait for each other"
+            ended.append(connection.recv())
+        errors = [error for _, error in ended if error]
+        assert not errors, "\n".join(errors)
+        return [printed for printed, _ in ended]
+
+    yield call
+    for process in processes:
+        process.terminate()
 
 
-def join(module, function, *words):
-    """What each of the two does."""
+def work(connection):
+    """What each of the two does until the tests end: it calls what it is sent, and sends back what
+    was printed, and the traceback if there is one."""
+    warnings.simplefilter("error")
+    torch.optim.LBFGS = short_lbfgs
     dist.init_process_group("gloo")
-    getattr(importlib.import_module(module), function)(*words)
-    dist.destroy_process_group()
+    while True:
+        module, function, words = connection.recv()
+        error = ""
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                getattr(importlib.import_module(module), function)(*words)
+            except Exception:
+                error = traceback.format_exc()
+        connection.send((printed.getvalue(), error))
 
 
 def train_and_keep(path, script, args, **parts):

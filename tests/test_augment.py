@@ -6,23 +6,31 @@ import itertools
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from conftest import spy
 from torchvision.transforms import RandomResizedCrop
 
 import common
 
-N, S = 24, 32
+N = 24
+S = 32
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def generator():
-    return torch.Generator().manual_seed(0)
+    return seeded(0)
 
 
 @pytest.fixture
 def images(generator):
     """Noise and flat color, grays and extremes among them."""
     images = torch.rand(N, 3, S, S, generator=generator)
-    images[0], images[1], images[2] = 0, 1, 0.5
+    images[0] = 0
+    images[1] = 1
+    images[2] = 0.5
     images[3] = images[3].round()
     images[4] = images[4, :1]
     return images
@@ -31,25 +39,21 @@ def images(generator):
 def each(operator, images, *parameters):
     """operator(image, *parameters of that image) for every image: what the batched one must
     equal."""
-    return torch.stack(
-        [operator(image, *row) for image, *row in zip(images, *parameters, strict=True)]
-    )
+    rows = zip(images, *parameters, strict=True)
+    return torch.stack([operator(*row) for row in rows])
 
 
-def record(monkeypatch, name):
-    """The arguments with which random_... calls the operator `name`, which still does its work."""
-    calls, operator = [], getattr(common, name)
-    monkeypatch.setattr(common, name, lambda *args: calls.append(args) or operator(*args))
-    return calls
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def assert_same_distribution(a, b):
-    """Two-sample Kolmogorov-Smirnov: equal distributions pass but once in ten thousand."""
+    """Two-sample Kolmogorov-Smirnov: equal distributions fail once in ten thousand times."""
     points = torch.cat([a, b]).sort().values
-    distance = (torch.searchsorted(a.sort().values, points, right=True) / len(a)).sub(
-        torch.searchsorted(b.sort().values, points, right=True) / len(b)
-    )
-    assert distance.abs().max() < 2.23 * ((len(a) + len(b)) / (len(a) * len(b))) ** 0.5
+    below_a = torch.searchsorted(a.sort().values, points, right=True) / len(a)
+    below_b = torch.searchsorted(b.sort().values, points, right=True) / len(b)
+    critical = 2.23 * (1 / len(a) + 1 / len(b)) ** 0.5
+    assert (below_a - below_b).abs().max() < critical
 
 
 # ==================================================================================================
@@ -70,25 +74,25 @@ def test_resized_crop(generator, shape, size):
         image = TF.resized_crop(image, *box.int().tolist(), [size, size], antialias=True)
         return TF.horizontal_flip(image) if mirrored else image
 
-    expected = each(one, images, boxes, flip)
-    torch.testing.assert_close(
-        common.resized_crop(images, boxes, size, flip), expected, rtol=0, atol=1e-5
-    )
+    assert_close(common.resized_crop(images, boxes, size, flip), each(one, images, boxes, flip))
 
 
 def test_random_crop_shifts_and_mirrors_exactly(monkeypatch, generator):
-    images, calls = (
-        torch.rand(600, 3, 8, 8, generator=generator),
-        record(monkeypatch, "resized_crop"),
-    )
-    shifted = common.random_crop(images, 2, generator, flip=0.3)
-    (_, boxes, _, flip), *_ = calls
-    for image, moved, box, mirrored in zip(
-        images, shifted, boxes.int().tolist(), flip, strict=True
-    ):
-        window = TF.crop(TF.pad(image, 2), *box)
-        assert torch.equal(moved, TF.horizontal_flip(window) if mirrored else window)
-    assert len(boxes.unique(dim=0)) == 25 and abs(flip.float().mean() - 0.3) < 0.06
+    images = torch.rand(600, 3, 8, 8, generator=generator)
+    calls = spy(monkeypatch, common, "resized_crop")
+    moved = common.random_crop(images, 2, generator, flip=0.3)
+    ((_, boxes, _, flip),) = calls
+
+    def one(image, box, mirrored):
+        window = TF.crop(TF.pad(image, 2), *box.int().tolist())
+        return TF.horizontal_flip(window) if mirrored else window
+
+    assert torch.equal(moved, each(one, images, boxes, flip))
+    assert len(boxes.unique(dim=0)) == 25
+    assert abs(flip.float().mean() - 0.3) < 0.06
+
+
+def test_without_padding_and_flip_a_crop_is_the_image(images, generator):
     assert torch.equal(common.random_crop(images, 0, generator, flip=0), images)
 
 
@@ -100,10 +104,11 @@ def test_random_crop_is_of_squares(generator):
 @pytest.mark.parametrize("kernel_size", [3, 9, 23])
 def test_gaussian_blur(images, generator, kernel_size):
     sigma = common.uniform(0.1, 3.0, (N,), generator)
-    expected = each(lambda x, s: TF.gaussian_blur(x, kernel_size, s.item()), images, sigma)
-    torch.testing.assert_close(
-        common.gaussian_blur(images, sigma, kernel_size), expected, rtol=0, atol=1e-5
-    )
+
+    def one(image, sigma):
+        return TF.gaussian_blur(image, kernel_size, sigma.item())
+
+    assert_close(common.gaussian_blur(images, sigma, kernel_size), each(one, images, sigma))
 
 
 def test_no_blur_is_exact(images, generator):
@@ -112,79 +117,85 @@ def test_no_blur_is_exact(images, generator):
 
 def test_adjust_hue(images, generator):
     shift = common.uniform(-0.5, 0.5, (N,), generator)
-    shift[5], shift[6], shift[7] = -0.5, 0, 0.5
-    expected = each(lambda x, s: TF.adjust_hue(x, s.item()), images, shift)
-    torch.testing.assert_close(common.adjust_hue(images, shift), expected, rtol=0, atol=1e-5)
+    shift[5:8] = torch.tensor([-0.5, 0, 0.5])
+
+    def one(image, shift):
+        return TF.adjust_hue(image, shift.item())
+
+    assert_close(common.adjust_hue(images, shift), each(one, images, shift))
 
 
 def test_color_jitter(images, generator):
-    factors = torch.cat(
-        [common.uniform(0, 2, (N, 3), generator), common.uniform(-0.5, 0.5, (N, 1), generator)],
-        dim=1,
-    )
+    factors = common.uniform(0, 2, (N, 3), generator)
+    shift = common.uniform(-0.5, 0.5, (N, 1), generator)
+    factors = torch.cat([factors, shift], dim=1)
     order = torch.tensor(list(itertools.permutations(range(4))))  # all 24
-    operators = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+    operators = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
     def one(image, factor, turns):
         for k in turns.tolist():
             image = operators[k](image, factor[k].item())
         return image
 
-    expected = each(one, images, factors, order)
-    torch.testing.assert_close(
-        common.color_jitter(images, factors, order), expected, rtol=0, atol=1e-5
-    )
+    assert_close(common.color_jitter(images, factors, order), each(one, images, factors, order))
 
 
-def test_neutral_color_jitter_is_exact_but_for_the_hue(images):
-    factors, order = torch.tensor([1.0, 1, 1, 0]).expand(N, 4), torch.arange(4).expand(N, 4)
-    torch.testing.assert_close(
-        common.color_jitter(images, factors, order), images, rtol=0, atol=1e-6
-    )
+def test_neutral_color_jitter_changes_nothing(images):
+    factors = torch.tensor([1.0, 1, 1, 0]).expand(N, 4)
+    order = torch.arange(4).expand(N, 4)
+    found = common.color_jitter(images, factors, order)
+    torch.testing.assert_close(found, images, rtol=0, atol=1e-6)  # the hue is turned by 0
 
 
 def test_random_grayscale(images):
-    chosen = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
-    expected = each(lambda x, c: TF.rgb_to_grayscale(x, 3) if c else x, images, chosen)
-    torch.testing.assert_close(
-        common.random_grayscale(images, torch.Generator().manual_seed(1), p=0.5), expected
-    )
+    chosen = torch.rand(N, generator=seeded(1)) < 0.5
+    gray = TF.rgb_to_grayscale(images, 3)
+    expected = torch.where(chosen[:, None, None, None], gray, images)
+    torch.testing.assert_close(common.random_grayscale(images, seeded(1), p=0.5), expected)
 
 
 def test_random_solarize(images):
-    chosen = torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
-    expected = each(lambda x, c: TF.solarize(x, 0.4) if c else x, images, chosen)
-    torch.testing.assert_close(
-        common.random_solarize(images, torch.Generator().manual_seed(1), 0.4, p=0.5), expected
-    )
+    chosen = torch.rand(N, generator=seeded(1)) < 0.5
+    expected = torch.where(chosen[:, None, None, None], TF.solarize(images, 0.4), images)
+    found = common.random_solarize(images, seeded(1), 0.4, p=0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def all_views(images):
+    """All operators, one after the other."""
+    generator = seeded(1)
+    x = common.random_resized_crop(images, S, generator)
+    x = common.random_color_jitter(x, generator, 0.4, 0.4, 0.4, 0.1)
+    x = common.random_grayscale(x, generator)
+    x = common.random_gaussian_blur(x, generator)
+    x = common.random_crop(x, 4, generator)
+    x = common.random_solarize(x, generator)
+    return common.normalize(x)
 
 
 def test_within_autocast_they_stay_exact(images):
-    def views():
-        generator = torch.Generator().manual_seed(1)
-        x = common.random_resized_crop(images, S, generator)
-        x = common.random_color_jitter(x, generator, 0.4, 0.4, 0.4, 0.1)
-        x = common.random_gaussian_blur(common.random_grayscale(x, generator), generator)
-        return common.normalize(
-            common.random_solarize(common.random_crop(x, 4, generator), generator)
-        )
-
-    expected = views()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(views(), expected)
+        found = all_views(images)
+    assert torch.equal(found, all_views(images))
 
 
 def test_operators_are_compiled_for_a_while(images, monkeypatch):
-    plain, compiled = common.gaussian_blur, []
-    monkeypatch.setattr(
-        torch, "compile", lambda operator: compiled.append(operator) or (lambda *_: images + 1)
-    )
+    plain = common.resized_crop, common.gaussian_blur, common.color_jitter
+    compiled = []
+
+    def compile_operator(operator):
+        compiled.append(operator)
+        return lambda *_: images + 1
+
+    monkeypatch.setattr(torch, "compile", compile_operator)
     with pytest.raises(KeyboardInterrupt), common.compile_operators(True):
-        assert torch.equal(common.random_gaussian_blur(images, torch.Generator()), images + 1)
+        assert torch.equal(common.random_gaussian_blur(images, seeded(0)), images + 1)
+        assert torch.equal(common.random_crop(images, 2, seeded(0)), images + 1)
         raise KeyboardInterrupt
-    assert plain in compiled and common.gaussian_blur is plain
+    assert compiled == list(plain)
+    assert (common.resized_crop, common.gaussian_blur, common.color_jitter) == plain
     with common.compile_operators(False):
-        assert common.gaussian_blur is plain
+        assert (common.resized_crop, common.gaussian_blur, common.color_jitter) == plain
 
 
 def test_normalize(images):
@@ -200,27 +211,27 @@ def test_normalize(images):
 MANY = 20_000
 
 
-def small(count=MANY):
-    return torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+def small(count):
+    return torch.rand(count, 3, 2, 2, generator=seeded(1))
 
 
 def test_boxes_are_drawn_as_torchvision_draws_them(generator):
-    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    scale = (0.08, 1.0)
+    ratio = (3 / 4, 4 / 3)
     ours = common.random_boxes(MANY, S, S, scale, ratio, generator)
     torch.manual_seed(0)
     image = torch.empty(3, S, S)
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(MANY)]
-    ).float()
-    assert torch.equal(ours, ours.round()) and ours.min() >= 0
+    theirs = [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(MANY // 4)]
+    theirs = torch.tensor(theirs).float()
+    assert torch.equal(ours, ours.round())
+    assert ours.min() >= 0
     assert (ours[:, :2] + ours[:, 2:]).max() <= S
-    for measure in (
-        lambda b: b[:, 2] * b[:, 3],
-        lambda b: b[:, 3] / b[:, 2],
-        lambda b: b[:, 0],
-        lambda b: b[:, 1],
-    ):
-        assert_same_distribution(measure(ours), measure(theirs))
+    top, left, height, width = ours.unbind(1)
+    their_top, their_left, their_height, their_width = theirs.unbind(1)
+    assert_same_distribution(height * width, their_height * their_width)
+    assert_same_distribution(width / height, their_width / their_height)
+    assert_same_distribution(top, their_top)
+    assert_same_distribution(left, their_left)
 
 
 def test_a_box_that_never_fits_is_the_whole_image(generator):
@@ -228,54 +239,68 @@ def test_a_box_that_never_fits_is_the_whole_image(generator):
     assert torch.equal(boxes, torch.tensor([0.0, 0, S, S]).expand(50, 4))
 
 
-def test_random_resized_crop_draws_per_image_and_flips(monkeypatch, generator):
-    calls = record(monkeypatch, "resized_crop")
+def test_every_image_has_a_crop_and_a_flip_of_its_own(monkeypatch, generator):
+    calls = spy(monkeypatch, common, "resized_crop")
     common.random_resized_crop(small(2000), 2, generator, scale=(0.2, 1.0), flip=0.3)
-    (_, boxes, size, flip), *_ = calls
-    assert size == 2 and len(boxes.unique(dim=0)) > 1
+    ((_, boxes, size, flip),) = calls
+    assert size == 2
+    assert len(boxes.unique(dim=0)) > 1
     assert abs(flip.float().mean() - 0.3) < 0.05
 
 
 def test_color_jitter_draws_as_torchvision_does(monkeypatch, generator):
-    calls = record(monkeypatch, "color_jitter")
-    common.random_color_jitter(small(), generator, 0.4, 1.2, 0.8, 0.2, p=0.75)
-    (_, factors, order), *_ = calls
+    calls = spy(monkeypatch, common, "color_jitter")
+    common.random_color_jitter(small(MANY), generator, 0.4, 1.2, 0.8, 0.2, p=0.75)
+    ((_, factors, order),) = calls
     neutral = (factors == torch.tensor([1.0, 1, 1, 0])).all(1)
     assert abs(neutral.float().mean() - 0.25) < 0.02
-    for drawn, low, high in zip(
-        factors[~neutral].T, (0.6, 0, 0.2, -0.2), (1.4, 2.2, 1.8, 0.2), strict=True
-    ):
+    ranges = [(0.6, 1.4), (0, 2.2), (0.2, 1.8), (-0.2, 0.2)]
+    for drawn, (low, high) in zip(factors[~neutral].T, ranges, strict=True):
         assert low <= drawn.min() and drawn.max() <= high
         assert_same_distribution(drawn, torch.linspace(low, high, 5000))
-    assert abs(torch.corrcoef(factors[~neutral].T) - torch.eye(4)).max() < 0.05
+    assert (torch.corrcoef(factors[~neutral].T) - torch.eye(4)).abs().max() < 0.05
     permutations, counts = order.unique(dim=0, return_counts=True)
-    assert len(permutations) == 24 and (counts / MANY - 1 / 24).abs().max() < 0.01
+    assert len(permutations) == 24
+    assert (counts / MANY - 1 / 24).abs().max() < 0.01
 
 
-def test_probabilities(generator):
-    images = small() + torch.arange(3).view(3, 1, 1)  # neither gray nor dark
-    for random in (common.random_grayscale, common.random_solarize):
-        changed = (random(images, generator, p=0.3) != images).flatten(1).any(1)
-        assert abs(changed.float().mean() - 0.3) < 0.02
+@pytest.mark.parametrize("random", [common.random_grayscale, common.random_solarize])
+def test_probabilities(generator, random):
+    images = small(MANY) + torch.arange(3).view(3, 1, 1)  # neither gray nor dark
+    changed = (random(images, generator, p=0.3) != images).flatten(1).any(1)
+    assert abs(changed.float().mean() - 0.3) < 0.02
 
 
 def test_blur_draws_sigma_uniformly(monkeypatch, generator):
-    calls = record(monkeypatch, "gaussian_blur")
+    calls = spy(monkeypatch, common, "gaussian_blur")
     common.random_gaussian_blur(torch.rand(5000, 3, 4, 4), generator, p=0.4)
-    (_, sigma, kernel_size), *_ = calls
+    ((_, sigma, kernel_size),) = calls
     blurred = sigma[sigma > 0.01]
-    assert abs(len(blurred) / 5000 - 0.4) < 0.03 and kernel_size == 3
+    assert abs(len(blurred) / 5000 - 0.4) < 0.03
+    assert kernel_size == 3
     assert_same_distribution(blurred, torch.linspace(0.1, 2.0, 5000))
 
 
-def test_a_seed_fixes_every_operator():
-    images = small(8)
-    for draw in (
-        lambda g: common.random_resized_crop(images, 2, g),
-        lambda g: common.random_color_jitter(images, g, 0.4, 0.4, 0.4, 0.1),
-        lambda g: common.random_grayscale(images, g, p=0.5),
-        lambda g: common.random_gaussian_blur(torch.rand(8, 3, 9, 9, generator=g), g),
-        lambda g: common.random_solarize(images, g, p=0.5),
-    ):
-        first, again, other = (draw(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-        assert torch.equal(first, again) and not torch.equal(first, other)
+@pytest.mark.parametrize("side, kernel_size", [(4, 3), (32, 3), (40, 5), (96, 9), (224, 23)])
+def test_the_kernel_is_a_tenth_of_the_side(monkeypatch, generator, side, kernel_size):
+    calls = spy(monkeypatch, common, "gaussian_blur")
+    common.random_gaussian_blur(torch.rand(1, 3, side, side), generator)
+    assert calls[0][2] == kernel_size
+
+
+DRAWS = [
+    lambda x, g: common.random_resized_crop(x, 9, g),
+    lambda x, g: common.random_crop(x, 2, g),
+    lambda x, g: common.random_color_jitter(x, g, 0.4, 0.4, 0.4, 0.1),
+    lambda x, g: common.random_grayscale(x, g, p=0.5),
+    lambda x, g: common.random_gaussian_blur(x, g),
+    lambda x, g: common.random_solarize(x, g, p=0.5),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_seed_fixes_every_operator(draw):
+    images = torch.rand(8, 3, 9, 9, generator=seeded(1))
+    first = draw(images, seeded(0))
+    assert torch.equal(first, draw(images, seeded(0)))
+    assert not torch.equal(first, draw(images, seeded(1)))

@@ -18,7 +18,6 @@ from conftest import (
     assert_resumed_in_both,
     assert_same,
     files,
-    in_two_processes,
     killed_at,
     load,
     train_and_resume,
@@ -866,11 +865,12 @@ def both_compute_loss_and_gradients():
 def both_train(folder):
     both_compute_loss_and_gradients()
     data = part_of(SHAPES(), 130, 40)  # of which three batches are trained on
-    common.shapes_dataset = lambda: data
-    train_and_resume(clip, words(folder), folder, "clip_loss")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "shapes_dataset", lambda: data)
+        train_and_resume(clip, words(folder), folder, "clip_loss")
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_do_what_one_does(tmp_path, in_two_processes):
     printed = in_two_processes(both_train, tmp_path)
     assert_resumed_in_both(tmp_path, printed)
     assert load(tmp_path / "unbroken-0.pt").keys() >= {"log_scale", "text_projection.weight"}

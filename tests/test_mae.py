@@ -18,7 +18,6 @@ from conftest import (
     assert_same,
     assert_same_in_both,
     files,
-    in_two_processes,
     killed_at,
     load,
     spy,
@@ -786,7 +785,7 @@ def both_train(data, folder):
     train_and_keep(f"{folder}/simmim", mae, simmim_args(*flags), **PARTS)
 
 
-def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path, in_two_processes):
     printed = in_two_processes(both_train, tiny_shapes, tmp_path)
     assert_resumed_in_both(tmp_path, printed)
     assert load(tmp_path / "unbroken-0.pt").keys() >= {"mask_token", "encoder.cls_token"}

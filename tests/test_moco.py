@@ -14,7 +14,6 @@ from conftest import (
     assert_resumed_in_both,
     assert_same,
     files,
-    in_two_processes,
     killed_at,
     load,
     records,
@@ -462,7 +461,7 @@ def both_train(data, folder):
     train_and_resume(moco, words(data, folder), folder, "info_nce")
 
 
-def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path, in_two_processes):
     printed = in_two_processes(both_train, tiny_shapes, tmp_path)
     assert_resumed_in_both(tmp_path, printed)
     assert "queue" in load(tmp_path / "unbroken-0.pt")

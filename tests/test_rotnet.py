@@ -16,7 +16,6 @@ from conftest import (
     assert_resumed_in_both,
     assert_same,
     files,
-    in_two_processes,
     killed_at,
     load,
     spy,
@@ -474,7 +473,7 @@ def both_train(data, folder):
     train_and_resume(rotnet, words(data, folder), folder, "training_step")
 
 
-def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path, in_two_processes):
     printed = in_two_processes(both_train, tiny_shapes, tmp_path)
     assert_resumed_in_both(tmp_path, printed)
     assert files(tmp_path / "run") == RESULTS

@@ -13,7 +13,6 @@ from conftest import (
     assert_same,
     assert_same_in_both,
     files,
-    in_two_processes,
     killed_at,
     load,
     train_and_keep,
@@ -503,7 +502,7 @@ BAD = [
     ("colorization", ["--batch-size", "5000"], "--batch-size 5000: must be from 2 to 4096"),
     ("inpainting", ["--adversarial", "-1"], "--adversarial -1.0: must be at least 0"),
     ("inpainting", ["--adversary", "1"], "did you mean --adversarial?"),
-    ("jigsaw", ["--dataset", "nothing"], "relatives/jigsaw.py: error: --dataset nothing"),
+    ("jigsaw", ["--dataset", "nothing"], "relatives/jigsaw.py: error: dataset nothing"),
 ]
 
 
@@ -531,7 +530,7 @@ def both_train(data, folder):
         train_and_keep(f"{folder}/{name}", rotnet, arguments(name, *flags), **parts(name))
 
 
-def test_two_processes_train_one_network(tiny_shapes, tmp_path):
+def test_two_processes_train_one_network(tiny_shapes, tmp_path, in_two_processes):
     first, second = in_two_processes(both_train, tiny_shapes, tmp_path)
     assert second == ""
     for name in ("jigsaw", "inpainting"):

@@ -24,7 +24,6 @@ from conftest import (
     assert_resumed_in_both,
     assert_same,
     files,
-    in_two_processes,
     killed_at,
     load,
     records,
@@ -1254,7 +1253,7 @@ def both_train(data, folder):
     train_and_resume(simclr, words(data, folder, "--eval-every", 1), folder, "nt_xent")
 
 
-def test_two_processes_do_what_one_does(tiny_shapes, tmp_path):
+def test_two_processes_do_what_one_does(tiny_shapes, tmp_path, in_two_processes):
     printed = in_two_processes(both_train, tiny_shapes, tmp_path)
     assert_resumed_in_both(tmp_path, printed)
     assert files(tmp_path / "run") == RESULTS

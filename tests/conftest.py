@@ -1,6 +1,7 @@
 """What the tests of several scripts need."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import io
@@ -17,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import clip
 import common
+import moco
+import simclr
 
 SHAPES = functools.cache(common.shapes_dataset)
 
@@ -67,6 +71,33 @@ def shapes_once(monkeypatch):
 # ==================================================================================================
 # Runs
 # ==================================================================================================
+
+
+def kept_by_random_state(build):
+    """build_encoder of a script, whose small encoder is initialized once for each random state:
+    that of the ResNet-18 it is cut out of takes as long as a few steps of training."""
+    kept = {}
+
+    def build_encoder(name, *options):
+        if name != "small":
+            return build(name, *options)
+        key = str(options), bytes(torch.get_rng_state())
+        if key not in kept:
+            encoder, D = build(name, *options)
+            kept[key] = copy.deepcopy(encoder), D, torch.get_rng_state()
+        encoder, D, random_state = kept[key]
+        torch.set_rng_state(random_state)
+        return copy.deepcopy(encoder), D
+
+    return build_encoder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encoders_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (simclr, moco, clip):
+            patch.setattr(script, "build_encoder", kept_by_random_state(script.build_encoder))
+        yield
 
 
 LBFGS = torch.optim.LBFGS

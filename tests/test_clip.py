@@ -498,7 +498,7 @@ def trained(tmp_path_factory):
     data = part_of(SHAPES(), 1000, 500)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "shapes_dataset", lambda: data)
-        flags = "--epochs", "5", "--batch-size", "32", "--eval-every", "5", "--out", str(folder)
+        flags = "--epochs", "4", "--batch-size", "32", "--eval-every", "4", "--out", str(folder)
         return folder, clip.main(clip.parse_args(flags))
 
 
@@ -531,8 +531,8 @@ def test_a_run_leaves_its_files(trained):
 def test_only_some_epochs_are_validated(trained):
     _, summary = trained
     terms = {"epoch", "loss", "bound", "logit_scale", "seconds"}
-    assert [line.keys() - terms for line in summary["history"]] == [set()] * 4 + [{"val_recall"}]
-    assert summary["best_epoch"] == 5
+    assert [line.keys() - terms for line in summary["history"]] == [set()] * 3 + [{"val_recall"}]
+    assert summary["best_epoch"] == 4
 
 
 def test_figures_have_the_size_of_a_slide(trained):
@@ -578,7 +578,7 @@ def test_the_epoch_of_the_best_validation_recall_is_kept(few, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("module", "name", "call"),
-    [(clip, "clip_loss", 9), (Path, "replace", 4), (Path, "replace", 6)],
+    [(clip, "clip_loss", 9), (Path, "replace", 6)],
 )
 def test_a_resumed_run_ends_as_an_unbroken_one(few, unbroken, tmp_path, module, name, call):
     run = tmp_path / "run"
@@ -605,17 +605,25 @@ def changed(data):
     }
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a run on few shapes that was killed in its second epoch. It is read only."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    data = part_of(SHAPES(), 240, 60)
+    with pytest.MonkeyPatch.context() as patch, killed_at(clip, "clip_loss", 9):
+        patch.setattr(common, "shapes_dataset", lambda: data)
+        small_run(folder)
+    return folder
+
+
 @pytest.mark.parametrize("what", ["a class", "a label", "an image", "captions", "a word"])
-def test_a_run_is_not_resumed_on_changed_data(few, tmp_path, monkeypatch, error_of, what):
-    run = tmp_path / "run"
-    with killed_at(clip, "clip_loss", 9):
-        small_run(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+def test_a_run_is_not_resumed_on_changed_data(few, begun, monkeypatch, error_of, what):
+    before = {path.name: path.read_bytes() for path in begun.iterdir()}
     other = dataclasses.replace(few, **changed(few)[what])
     monkeypatch.setattr(common, "shapes_dataset", lambda: other)
-    line = error_of(clip.run, "--resume", run)
+    line = error_of(clip.run, "--resume", begun)
     assert "--dataset shapes has changed since the run began" in line
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in begun.iterdir()} == before
 
 
 def test_a_run_begins_with_an_encoder_of_simclr(few, tmp_path):

@@ -343,6 +343,7 @@ def test_both_encoders_begin_with_the_weights_of_a_file(tiny_shapes, tmp_path):
     assert_same(load(tmp_path / "run/encoder.pt"), weights)
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_it_learns(some_shapes, tmp_path):
     flags = ["--batch-size", 64, "--queue-size", 256, "--lr", 4e-3, "--weight-decay", 0.05]
     flags += ["--crop", 0.8, "--gray", 0.5, "--half-size-until", 0, "--epochs", 3]

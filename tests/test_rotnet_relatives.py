@@ -58,6 +58,15 @@ TERMS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def permutations_once():
+    """They are the same for every network, and take a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        once = functools.cache(jigsaw.distant_permutations)
+        patch.setattr(jigsaw, "distant_permutations", once)
+        yield
+
+
 def parts(name):
     """What a relative hands over."""
     names = "Model", "pretext_loss", "save_predictions"

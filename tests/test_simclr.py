@@ -294,17 +294,20 @@ def probe_data(noise):
     return x[:400], labels[:400], x[400:], labels[400:]
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_linear_probe_is_as_good_as_can_be():
     assert simclr.linear_probe(*probe_data(0.1)) == 1
     assert 0.45 < simclr.linear_probe(*probe_data(1.0)) < 0.75  # 0.63 is the best possible
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_linear_probe_of_shuffled_labels_is_chance():
     x, y, test, test_y = probe_data(1.0)
     shuffled = y[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
     assert simclr.linear_probe(x, shuffled, test, test_y) < 0.45  # chance is 0.33
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_linear_probe_ignores_scale_and_shift():
     x, y, test, test_y = probe_data(1.0)
     scale = 10 ** torch.linspace(-2, 2, 8)
@@ -314,6 +317,7 @@ def test_linear_probe_ignores_scale_and_shift():
     assert moved == pytest.approx(accuracy, abs=0.02)
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_linear_probe_takes_each_test_image_by_itself():
     x, y, test, test_y = probe_data(0.1)
     single = [simclr.linear_probe(x, y, test[i : i + 1], test_y[i : i + 1]) for i in range(12)]
@@ -329,6 +333,7 @@ def test_linear_probe_of_one_label_and_a_constant_feature():
     assert simclr.linear_probe(x[rows], y[rows], test, test_y) > 0.5  # chance is 0.33
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_linear_probe_is_regularized_as_in_scikit_learn(monkeypatch):
     layers = []
     linear = nn.Linear

@@ -1,5 +1,6 @@
 """dino.py: loss, center, teacher and student, views, official names, figures, and whole runs."""
 
+import contextlib
 import copy
 import json
 import math
@@ -51,6 +52,23 @@ def words(data, out, *flags):
 
 def small_run(data, out, *flags):
     return dino.main(dino.parse_args(words(data, out, *flags)))
+
+
+@contextlib.contextmanager
+def empty_maps():
+    """Within it attention and parts are not computed, which takes longer than a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dino, "attention_maps", lambda _, images: torch.zeros(3, len(images), 3, 128, 128)
+        )
+        patch.setattr(dino, "part_maps", lambda _, images: torch.zeros(len(images), 3, 128, 128))
+        yield
+
+
+@pytest.fixture
+def without_maps():
+    with empty_maps():
+        yield
 
 
 def resumed(run, *flags):
@@ -457,6 +475,7 @@ def authors_file(tmp_path, monkeypatch):
 FITTING = "--encoder", "vit_tiny", "--patch-size", "8"
 
 
+@pytest.mark.usefixtures("without_maps")
 def test_a_run_begins_with_the_authors_weights(tiny_shapes, authors_file, tmp_path):
     run = tmp_path / "run"
     small_run(tiny_shapes, run, "--init", authors_file, *FITTING, "--epochs", 0)
@@ -664,6 +683,7 @@ def test_knn_20_has_the_k_and_the_temperature_of_the_paper(tiny_shapes, monkeypa
     assert found == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.usefixtures("without_maps")
 def test_held_out_labels_are_predicted_from_the_class_token(tiny_shapes, tmp_path, monkeypatch):
     calls = spy(monkeypatch, dino, "monitor")
     small_run(tiny_shapes, tmp_path / "run", "--epochs", 1)
@@ -672,6 +692,7 @@ def test_held_out_labels_are_predicted_from_the_class_token(tiny_shapes, tmp_pat
     assert_same(dict(network.encoder.state_dict()), load(tmp_path / "run/encoder.pt"))
 
 
+@pytest.mark.usefixtures("without_maps")
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [(dino, "dino_loss", 5), (Path, "replace", 10)],
@@ -699,6 +720,7 @@ def test_figures_of_the_untrained_encoder_are_drawn_once(unbroken, tmp_path):
     assert (run / "attention.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("without_maps")
 def test_a_new_run_begins_with_an_encoder(unbroken, tiny_shapes, tmp_path):
     run = tmp_path / "run"
     small_run(tiny_shapes, run, "--init", unbroken / "encoder.pt", "--epochs", 1, "--lr", 0)
@@ -714,6 +736,7 @@ def running_means(run):
     return {k: x for k, x in weights.items() if "running" in k or "num_batches" in k}
 
 
+@pytest.mark.usefixtures("without_maps")
 def test_it_learns(some_shapes, tmp_path):
     flags = "--epochs", "4", "--lr", "0.012", "--local-views", "0", "--eval-every", "4"
     history = small_run(some_shapes, tmp_path / "run", *flags)["history"]
@@ -906,7 +929,8 @@ def both_compute_center_and_gradients():
 
 def both_train(data, folder):
     both_compute_center_and_gradients()
-    train_and_resume(dino, words(data, folder), folder, "dino_loss")
+    with empty_maps():
+        train_and_resume(dino, words(data, folder), folder, "dino_loss")
 
 
 def test_two_processes_do_what_one_does(tiny_shapes, tmp_path, in_two_processes):

@@ -283,7 +283,9 @@ def train_and_keep(path, script, args, **parts):
     but for what may differ between them: batch norm's running statistics."""
     with pytest.MonkeyPatch.context() as patch:
         calls = spy(patch, script, "pretrain")
+        orders = spy(patch, common, "epoch_order")
         summary = script.main(args, **parts)
+    assert all(order[-2:] == (dist.get_rank(), 2) for order in orders)  # each has its own images
     state = calls[0][0].state_dict()
     kept = {k: x for k, x in state.items() if "running" not in k and "num_batches" not in k}
     torch.save(kept, f"{path}-{dist.get_rank()}.pt")

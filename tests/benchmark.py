@@ -13,7 +13,6 @@ machine does meets all of them alike. --record FILE writes what was measured.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import statistics
@@ -24,6 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.transforms import v2
+
+try:
+    from lightly.loss import NTXentLoss
+    from lightly.transforms import SimCLRTransform
+except ImportError:  # it is no part of requirements-dev.txt
+    SimCLRTransform = None
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
@@ -130,8 +135,6 @@ def torchvision_view(args, S):
 
 
 def lightly_transform(args, S):
-    from lightly.transforms import SimCLRTransform
-
     return SimCLRTransform(
         input_size=S,
         cj_strength=args.jitter_strength,
@@ -201,9 +204,7 @@ def measure(args, device):
     contestants = {"fixed batch": train_on_a_fixed_batch, "live": train_live}
     rates = take_turns(contestants, device, rounds=40)
     shares = {"live": rates["live"] / rates["fixed batch"]}
-    if importlib.util.find_spec("lightly"):
-        from lightly.loss import NTXentLoss
-
+    if SimCLRTransform:
         pairs = loader(arrays, lightly_transform(args, S), N)
         criterion = NTXentLoss(temperature=args.temperature)
 

@@ -278,10 +278,10 @@ def pretrain(model, best, tokenizer, data, args, training_step):
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         order, seed = common.epoch_order(M, args.batch_size, args.seed, epoch, RANK, WORLD)
+        order = order.to(device)  # where the captions are
         generator = torch.Generator(device).manual_seed(seed)  # of views and captions
         log = []
         model.train()
-        order = order.to(device)
         batches = zip(common.batches(images, order, N, device), order.split(N), strict=True)
         for step, (batch, rows) in enumerate(batches):  # (N, 3, S, S), (N,)
             tokens = drawn_captions(table, rows, generator)  # (N, T)

@@ -69,8 +69,8 @@ class Dataset:
         return dataclasses.replace(self, **moved)
 
     def examples(self, classes=10, each=1):
-        """Row numbers of test images for a figure: so many of each of the first classes, one with
-        fewer repeats them; without classes the first images."""
+        """Row numbers of test images for a figure: of each of the first classes the same number of
+        images, repeated where there are too few; without classes, the first images."""
         labels = self.test_labels
         if not self.classes:
             return torch.arange(min(classes * each, len(self.test_images)))
@@ -926,7 +926,8 @@ def random_boxes(count, H, W, scale, ratio, generator):
     in `ratio`. Of ten tries the first that fits an H x W image counts; without one it is the whole
     image, as torchvision's RandomResizedCrop has it for square images."""
     area = H * W * uniform(*scale, (count, 10), generator)
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    low = math.log(ratio[0])
+    high = math.log(ratio[1])
     aspect = uniform(low, high, (count, 10), generator).exp()  # width over height
     height = (area / aspect).sqrt().round()  # (count, 10)
     width = (area * aspect).sqrt().round()
@@ -964,7 +965,8 @@ def blur_weights(sigma, size, radius):
     """Matrices (N, size, size) that blur a line by a Gaussian of sigma (N,) pixels, mirrored beyond
     its ends."""
     pixel = torch.arange(size, device=sigma.device)
-    i, j = pixel[:, None], pixel[None]
+    i = pixel[:, None]
+    j = pixel[None]
 
     def gaussian(distance):
         density = torch.exp(-0.5 * (distance / sigma[:, None, None]) ** 2)

@@ -449,23 +449,32 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 def linear_probe(train, train_labels, test, test_labels):
     """Logistic regression on standardized frozen features (M, D), (Q, D) -> accuracy in [0, 1], on
-    test. By L-BFGS and with C = 1, which are scikit-learn's defaults."""
+    test. C is 1, scikit-learn's default. L-BFGS begins at zero and ends when it has converged."""
     mean = train.mean(0)
     std = train.std(0, correction=0) + 1e-5
     train = (train - mean) / std
     test = (test - mean) / std
-    layer = nn.Linear(train.shape[1], int(train_labels.max()) + 1, device=train.device)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    classes = int(train_labels.max()) + 1
+    weight = train.new_zeros(classes, train.shape[1], requires_grad=True)
+    bias = train.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=1000,
+        tolerance_grad=1e-5,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective():
         optimizer.zero_grad()
-        penalty = 0.5 / len(train) * layer.weight.square().sum()
-        loss = F.cross_entropy(layer(train), train_labels) + penalty
+        penalty = 0.5 / len(train) * weight.square().sum()
+        loss = F.cross_entropy(F.linear(train, weight, bias), train_labels) + penalty
         loss.backward()
         return loss
 
     optimizer.step(objective)
-    return (layer(test).argmax(1) == test_labels).float().mean().item()
+    predicted = F.linear(test, weight, bias).argmax(1)
+    return (predicted == test_labels).float().mean().item()
 
 
 def monitor(encoder, data):

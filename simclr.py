@@ -297,23 +297,32 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 def linear_probe(train, train_labels, test, test_labels):
     """Logistic regression on standardized frozen features (M, D), (Q, D) -> accuracy in [0, 1], on
-    test. By L-BFGS and with C = 1, which are scikit-learn's defaults."""
+    test. C is 1, scikit-learn's default. L-BFGS begins at zero and ends when it has converged."""
     mean = train.mean(0)
     std = train.std(0, correction=0) + 1e-5
     train = (train - mean) / std
     test = (test - mean) / std
-    layer = nn.Linear(train.shape[1], int(train_labels.max()) + 1, device=train.device)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    classes = int(train_labels.max()) + 1
+    weight = train.new_zeros(classes, train.shape[1], requires_grad=True)
+    bias = train.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=1000,
+        tolerance_grad=1e-5,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective():
         optimizer.zero_grad()
-        penalty = 0.5 / len(train) * layer.weight.square().sum()
-        loss = F.cross_entropy(layer(train), train_labels) + penalty
+        penalty = 0.5 / len(train) * weight.square().sum()
+        loss = F.cross_entropy(F.linear(train, weight, bias), train_labels) + penalty
         loss.backward()
         return loss
 
     optimizer.step(objective)
-    return (layer(test).argmax(1) == test_labels).float().mean().item()
+    predicted = F.linear(test, weight, bias).argmax(1)
+    return (predicted == test_labels).float().mean().item()
 
 
 def monitor(encoder, data):
@@ -351,14 +360,15 @@ def evaluate(encoder, data, projector=()):
     return accuracies, neighbors
 
 
-def fine_tune(encoder, D, data, rows, args):
+def fine_tune(encoder, D, data, rows, args, least_steps=500):
     """Trains a copy of the encoder and a linear classifier on it with the labels of some rows ->
-    accuracy on test. Views and optimizer are those of pretraining, where the paper crops and flips
-    only (appendix B.5); 30 passes over the rows, but at least 500 steps."""
+    accuracy on test, and the two as a network. Views and optimizer are those of pretraining, where
+    the paper crops and flips only (appendix B.5). It takes at least 30 passes over the rows, and at
+    least least_steps."""
     device = rows.device
     N = min(args.batch_size, len(rows))
     steps = len(rows) // N  # in a pass
-    passes = max(30, math.ceil(500 / steps))
+    passes = max(30, math.ceil(least_steps / steps))
     torch.manual_seed(args.seed)
     classifier = nn.Linear(D, len(data.classes), device=device)
     model = nn.Sequential(copy.deepcopy(encoder), classifier)
@@ -374,7 +384,7 @@ def fine_tune(encoder, D, data, rows, args):
                 logits = model(x)  # (2N, classes)
             update(F.cross_entropy(logits.float(), data.train_labels[index].repeat(2)))
     predicted = features(model, data.test_images).argmax(1)
-    return (predicted == data.test_labels).float().mean().item()
+    return (predicted == data.test_labels).float().mean().item(), model
 
 
 def semi_supervised(encoder, data, rows, args):
@@ -385,12 +395,12 @@ def semi_supervised(encoder, data, rows, args):
     D = h.shape[1]
     row = {"labels": len(rows)}
     row["linear_probe"] = linear_probe(h, data.train_labels[rows], test_h, data.test_labels)
-    row["fine_tuned"] = fine_tune(encoder, D, data, rows, args)
+    row["fine_tuned"], _ = fine_tune(encoder, D, data, rows, args)
     torch.manual_seed(args.seed)
     random_encoder, _ = build_encoder(args.encoder, data.train_images.shape[3])
     scratch = copy.deepcopy(encoder)  # on its device and in its memory layout
     scratch.load_state_dict(random_encoder.state_dict())
-    row["from_scratch"] = fine_tune(scratch, D, data, rows, args)
+    row["from_scratch"], _ = fine_tune(scratch, D, data, rows, args)
     return row
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    LBFGS,
     RESULTS,
     assert_a_step_of_both_is_one_of_all,
     assert_ended_alike,
@@ -333,25 +334,46 @@ def test_linear_probe_of_one_label_and_a_constant_feature():
     assert simclr.linear_probe(x[rows], y[rows], test, test_y) > 0.5  # chance is 0.33
 
 
-@pytest.mark.usefixtures("whole_probes")
-def test_linear_probe_is_regularized_as_in_scikit_learn(monkeypatch):
-    layers = []
-    linear = nn.Linear
+def weights_of_a_probe(monkeypatch, x, y):
+    """Those that linear_probe ends with, and of the objective with scikit-learn's C = 1, in
+    float64, the gradient there."""
+    kept = []
 
-    def kept(*size, **options):
-        layers.append(linear(*size))
-        return layers[-1]
+    def lbfgs(parameters, **options):
+        kept.extend(parameters)
+        return LBFGS(parameters, **options)
 
-    monkeypatch.setattr(simclr.nn, "Linear", kept)
-    x, y, test, test_y = probe_data(0.3)
-    simclr.linear_probe(x, y, test, test_y)
-    (layer,) = layers
-    x = (x - x.mean(0)) / x.std(0, correction=0)
-    penalty = 0.5 * layer.weight.square().sum()  # C = 1
-    objective = F.cross_entropy(layer(x), y, reduction="sum") + penalty
-    gradient = torch.autograd.grad(objective, [layer.weight, layer.bias])
-    assert max(g.abs().max() for g in gradient) < 1e-2 * len(x) ** 0.5
-    assert layer.weight.norm() > 1
+    monkeypatch.setattr(torch.optim, "LBFGS", lbfgs)
+    simclr.linear_probe(x, y, x, y)
+    weight, bias = [part.detach().double().requires_grad_() for part in kept]
+    x = (x - x.mean(0)) / (x.std(0, correction=0) + 1e-5)
+    total = F.cross_entropy(F.linear(x.double(), weight, bias), y, reduction="sum")
+    objective = (total + 0.5 * weight.square().sum()) / len(x)
+    gradient = torch.autograd.grad(objective, [weight, bias])
+    return weight, torch.cat([part.flatten() for part in gradient])
+
+
+def test_linear_probe_converges_as_in_scikit_learn(monkeypatch):
+    x, y, _, _ = probe_data(0.3)
+    weight, gradient = weights_of_a_probe(monkeypatch, x, y)
+    assert gradient.abs().max() < 2e-5
+    assert weight.norm() > 1
+
+
+def test_linear_probe_converges_on_an_untrained_encoder(monkeypatch):
+    data = common.load_dataset("shapes")
+    torch.manual_seed(0)
+    encoder, _ = simclr.build_encoder("small")
+    h = simclr.features(encoder, data.train_images)  # 100 steps would leave 3e-4
+    _, gradient = weights_of_a_probe(monkeypatch, h, data.train_labels)
+    assert gradient.abs().max() < 1e-4
+
+
+def test_linear_probe_draws_no_random_number():
+    state = torch.get_rng_state()
+    accuracies = {simclr.linear_probe(*probe_data(1.0)) for _ in range(2)}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(accuracies) == 1
 
 
 def labelled(count, classes):
@@ -776,7 +798,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_shapes, tmp_path, monkeypa
 
 def test_rows_of_few_labels(tiny_shapes, tmp_path, monkeypatch, capsys):
     scores = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    monkeypatch.setattr(simclr, "fine_tune", lambda *_: next(scores))
+    monkeypatch.setattr(simclr, "fine_tune", lambda *_: (next(scores), None))
     calls = spy(monkeypatch, simclr, "fine_tune")
     summary = small_run(tiny_shapes, tmp_path / "run", "--epochs", 1, "--labels", 0.1, 1, 3)
     some, one, few = summary["semi_supervised"]
@@ -809,8 +831,11 @@ def test_fine_tuning_learns_from_its_rows_only():
     data.train_images[22:] = 0
     data.train_labels[rows] = (data.train_labels[rows] + 1) % 3  # a rule of their own
     data.test_labels = (data.test_labels + 1) % 3
-    assert simclr.fine_tune(encoder, D, data, rows, args) > 0.9
+    accuracy, model = simclr.fine_tune(encoder, D, data, rows, args)
+    assert accuracy > 0.9
     assert_same(dict(encoder.state_dict()), before)
+    predicted = simclr.features(model, data.test_images).argmax(1)
+    assert (predicted == data.test_labels).float().mean() == pytest.approx(accuracy)
 
 
 def test_without_a_head_there_is_one_probe(tiny_shapes, tmp_path):
@@ -1043,7 +1068,7 @@ def test_later_probes_begin_as_in_a_run_that_was_not_stopped(tmp_path):
 
 
 def test_a_finished_run_can_be_asked_about_few_labels(finished, unbroken, monkeypatch):
-    monkeypatch.setattr(simclr, "fine_tune", lambda *_: 0.5)
+    monkeypatch.setattr(simclr, "fine_tune", lambda *_: (0.5, None))
     before = json.loads((unbroken / "summary.json").read_text())
     summary = resumed(finished, "--labels", "0.2", "2")
     assert summary["trained"] == before["trained"]
@@ -1159,7 +1184,7 @@ def test_without_epochs_it_measures_only(unbroken, tiny_shapes, tmp_path):
 
 
 def test_from_scratch_is_from_scratch_with_init_too(unbroken, tiny_shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(simclr, "fine_tune", lambda *_: 0.5)
+    monkeypatch.setattr(simclr, "fine_tune", lambda *_: (0.5, None))
     calls = spy(monkeypatch, simclr, "fine_tune")
     flags = "--init", unbroken / "encoder.pt", "--epochs", 0, "--labels", 1
     small_run(tiny_shapes, tmp_path / "run", *flags)

@@ -1,15 +1,15 @@
 """A table of the lecture at the demo's budget: each row with several seeds, mean and standard
 deviation.
 
-    python results/ablation.py moco                  table 1 of MoCo v2: MLP head, aug+, cosine
-    python results/ablation.py mae-mask-token        one of MAE's choices; TABLES has the others
-    python results/ablation.py clip-split --seeds 0  Flickr8k split by image, and by caption: a leak
-    python results/ablation.py moco --record results/moco-ablation.json
+    python results/ablation.py simclr-views            what is left out of the views, row by row
+    python results/ablation.py moco-versions           table 1 of MoCo v2: MLP head, aug+, cosine
+    python results/ablation.py clip-split --seeds 0    Flickr8k split by image, and by caption
+    python results/ablation.py mae-target --record results/mae-target.json
 
 A run is a script with the flags of its row, in a process of its own, since all compiled models of
 one process share a limit of recompilations. It stands in runs/ablation-<commit>/, so that no table
 mixes versions: one that is finished is not run again, one that was stopped goes on. For rows that
-no flag makes, CHANGES replaces a part of the script.
+no flag makes, CHANGES replaces a part of the script, or of the data.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import re
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -26,14 +27,116 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import mae
+import simclr
+
+ROOT = Path(__file__).parent.parent
+
+# The scripts' own, which the parts below build on when they stand in their place.
+augmented = mae.augmented
+describe_shapes = common.describe_shapes
+fine_tune = simclr.fine_tune
+load_dataset = common.load_dataset
+random_masking = mae.random_masking
+sample_shapes = common.sample_shapes
 
 
+# === Parts of SimCLR ==============================================================================
+def with_negatives(count):
+    """SimCLR's loss with fewer negatives: of the other views in the batch only the `count` that
+    follow, less than N. Batch, number of steps, batch norm and cost stay what they are."""
+
+    def nt_xent(z1, z2, temperature):
+        z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
+        anchor = torch.arange(len(z))[:, None]
+        after = torch.tensor([len(z1), *range(1, count + 1)])  # the partner, then the negatives
+        logits = (z @ z.T / temperature).gather(1, (anchor + after) % len(z))  # (2N, 1 + count)
+        return F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.int64))
+
+    return nt_xent
+
+
+def with_labels(model, data, args, training_step, monitor):
+    """In the place of simclr.pretrain: the encoder is trained with all labels."""
+    rows = torch.arange(len(data.train_labels))
+    D = simclr.features(model.encoder, data.test_images[:1]).shape[1]
+    _, classifier = simclr.fine_tune(model.encoder, D, data, rows, args)
+    model.encoder.load_state_dict(classifier[0].state_dict())
+    return []
+
+
+def tuned(least_steps, color):
+    """simclr.fine_tune for another number of steps and, without color, by crops and flips only, as
+    in the paper."""
+
+    def tune(encoder, D, data, rows, args):
+        if not color:
+            args = dataclasses.replace(args, jitter_strength=0.0, gray=0.0)
+        return fine_tune(encoder, D, data, rows, args, least_steps)
+
+    return tune
+
+
+# === Parts of the data ============================================================================
+def at_any_angle(count, generator):
+    """Shapes without an upright, as seen from above: the same scenes, but turned by any angle."""
+    scenes = sample_shapes(count, generator)
+    return scenes | {"tilt": scenes["tilt"] * math.pi / 0.25}
+
+
+def colored_by_kind(count, generator):
+    """Shapes of which seven in ten have the color of their kind: the same scenes, but for which
+    kind of thing they show."""
+    scenes = sample_shapes(count, generator)
+    typical = torch.arange(count) % 10 < 7
+    return scenes | {"label": torch.where(typical, scenes["color"], scenes["label"])}
+
+
+def naming_kinds(p):
+    """Captions that name the kind of thing with probability p, and else say `thing`. Images stay
+    the same."""
+
+    def describe(scenes, generator):
+        captions = describe_shapes(scenes, generator)
+        own = torch.Generator().manual_seed(0)
+        named = torch.rand(len(captions), len(captions[0]), generator=own) < p
+        kinds = list(common.SILHOUETTES)
+        for i, label in enumerate(scenes["label"].tolist()):
+            for k, text in enumerate(captions[i]):
+                if not named[i, k]:
+                    nameless = text.replace(f"an {kinds[label]}", "a thing")
+                    captions[i][k] = nameless.replace(kinds[label], "thing")
+        return captions
+
+    return describe
+
+
+def split_by_caption(*source):
+    """The test images are trained on as well, with all captions but one, which is tested: the first
+    of the first image, the second of the next, and so on, since a file may sort them."""
+    data = load_dataset(*source)
+    learned = list(data.train_captions)
+    tested = []
+    for i, texts in enumerate(data.test_captions):
+        k = i % len(texts)
+        learned.append(texts[:k] + texts[k + 1 :])
+        tested.append([texts[k]])
+    images = torch.cat([data.train_images, data.test_images])
+    return dataclasses.replace(
+        data,
+        train_images=images.contiguous(memory_format=torch.channels_last),
+        train_captions=learned,
+        test_captions=tested,
+    )
+
+
+# === Parts of MAE =================================================================================
 class EncodesMaskTokens(mae.MaskedAutoencoder):
     """The lecture's table (c): the encoder gets a mask token in the place of every masked patch, as
     in BERT."""
@@ -49,12 +152,6 @@ class EncodesMaskTokens(mae.MaskedAutoencoder):
         seen = torch.where(mask[:, :, None] == 1, hidden, tokens)
         latent = self.encoder.encode(seen)  # (B, 1 + L, D)
         return self.decode(self.decoder_embed(latent)), mask
-
-
-# The scripts' own, which the parts below build on when they stand in their place.
-random_masking = mae.random_masking
-augmented = mae.augmented
-load_dataset = common.load_dataset
 
 
 def grid_masking(tokens, mask_ratio, noise):
@@ -99,110 +196,171 @@ def cropped_and_jittered(images, args, generator):
     return common.random_color_jitter(x, generator, 0.4, 0.4, 0.4, 0.1)
 
 
-def split_by_caption(*source):
-    """The test images are trained on as well, with all captions but one, which is tested: the first
-    of the first image, the second of the next, and so on, since a file may sort them."""
-    data = load_dataset(*source)
-    learned = list(data.train_captions)
-    tested = []
-    for i, texts in enumerate(data.test_captions):
-        k = i % len(texts)
-        learned.append(texts[:k] + texts[k + 1 :])
-        tested.append([texts[k]])
-    images = torch.cat([data.train_images, data.test_images])
-    return dataclasses.replace(
-        data,
-        train_images=images.contiguous(memory_format=torch.channels_last),
-        train_captions=learned,
-        test_captions=tested,
-    )
-
-
+# === Tables =======================================================================================
 CHANGES = {  # what stands in which place
+    "negatives-1": (simclr, "nt_xent", with_negatives(1)),
+    "negatives-7": (simclr, "nt_xent", with_negatives(7)),
+    "negatives-31": (simclr, "nt_xent", with_negatives(31)),
+    "labels": (simclr, "pretrain", with_labels),
+    "tuned-4-times-as-long": (simclr, "fine_tune", tuned(2000, color=True)),
+    "tuned-by-crops": (simclr, "fine_tune", tuned(500, color=False)),
+    "tuned-by-crops-4-times-as-long": (simclr, "fine_tune", tuned(2000, color=False)),
+    "any-angle": (common, "sample_shapes", at_any_angle),
+    "color-by-kind": (common, "sample_shapes", colored_by_kind),
+    "kinds-named-0.05": (common, "describe_shapes", naming_kinds(0.05)),
+    "kinds-named-0.2": (common, "describe_shapes", naming_kinds(0.2)),
+    "kinds-named-0.5": (common, "describe_shapes", naming_kinds(0.5)),
+    "split-by-caption": (common, "load_dataset", split_by_caption),
     "encode-mask-tokens": (mae, "MaskedAutoencoder", EncodesMaskTokens),
     "block": (mae, "random_masking", block_masking),
     "grid": (mae, "random_masking", grid_masking),
     "augment-none": (mae, "augmented", not_augmented),
     "crop-fixed": (mae, "augmented", shifted),
     "crop-color": (mae, "augmented", cropped_and_jittered),
-    "split-by-caption": (common, "load_dataset", split_by_caption),
 }
 
-# method: flags of all its runs, and what the printed table shows of them
+
+@dataclasses.dataclass
+class Table:
+    method: str  # the script, or a relative
+    columns: tuple  # what is printed
+    flags: str  # of all its runs
+    rows: list  # name, flags, the paper's numbers in percent, and a change
+
+
+PROBES = ("linear_probe", "knn")
 RECALLS = ("text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")
-METHODS = {
-    "moco": ("--warmup 0", ("linear_probe", "knn")),
-    "mae": ("--fine-tune", ("fine_tuned", "linear_probe", "from_scratch")),
-    "clip": ("--dataset data/flickr8k --encoder small --eval-every 5", RECALLS),
-}
+FEW_LABELS = ("fine_tuned_40", "from_scratch_40", "fine_tuned_410", "from_scratch_410")
+MAE = ("mae", ("fine_tuned", "linear_probe", "from_scratch"), "--fine-tune")
+PLAIN = "--jitter-strength 0 --gray 0"  # crops and flips only
 
-# table: rows of a name, flags, the paper's numbers in percent (ImageNet), and a change; tables of a
-# method share the runs of equal rows. MoCo's have the temperature that is best for their head in
-# the paper, and are linear probes; MAE's are fine-tuned and linear; of its table (d) the PCA and
-# dVAE targets are left out.
+# Tables of a method share the runs of equal rows. The paper's numbers are of ImageNet, MoCo's of
+# linear probes, MAE's fine-tuned and linear; of its table (d) the PCA and dVAE targets are left
+# out. MoCo's have one temperature, where the paper changes it with the head.
 TABLES = {
-    "moco": [
-        ("v1", "--no-mlp --no-aug-plus --no-cos --temperature 0.07", [60.6]),
-        ("(a) MLP", "--mlp --no-aug-plus --no-cos --temperature 0.2", [66.2]),
-        ("(b) aug+", "--no-mlp --aug-plus --blur 0.5 --no-cos --temperature 0.07", [63.4]),
-        ("(c) MLP, aug+", "--mlp --aug-plus --blur 0.5 --no-cos --temperature 0.2", [67.3]),
-        ("(d) MLP, aug+, cos", "--mlp --aug-plus --blur 0.5 --cos --temperature 0.2", [67.5]),
-    ],
-    "mae-mask-ratio": [
-        ("25 %", "--mask-ratio 0.25", []),
-        ("50 %", "--mask-ratio 0.5", []),
-        ("75 %", "", [84.9, 73.5]),
-        ("90 %", "--mask-ratio 0.9", []),
-    ],
-    "mae-decoder-depth": [
+    "simclr-head": Table("simclr", (*PROBES, "linear_probe_z", "knn_z"), "", [
+        ("none", "--projection none", []),
+        ("linear", "--projection linear", []),
+        ("mlp", "", []),
+    ]),
+    "simclr-views": Table("simclr", PROBES, "", [
+        ("crop and flip", PLAIN, []),
+        ("with jitter", "--gray 0", []),
+        ("with gray", "--jitter-strength 0", []),
+        ("with both", "", []),
+        ("with both, without crops", "--crop 1", []),
+    ]),
+    "simclr-negatives": Table("simclr", PROBES, "", [
+        ("1", "", [], "negatives-1"),
+        ("7", "", [], "negatives-7"),
+        ("31", "", [], "negatives-31"),
+        ("126, all", "", []),
+    ]),
+    "simclr-labels": Table("simclr", FEW_LABELS, "--labels 0.01 0.1", [
+        ("crops and flips", "", [], "tuned-by-crops"),
+        ("crops and flips, four times as long", "", [], "tuned-by-crops-4-times-as-long"),
+        ("views of pretraining", "", []),
+        ("views of pretraining, four times as long", "", [], "tuned-4-times-as-long"),
+    ]),
+    "simclr-supervised": Table("simclr", PROBES, "", [
+        ("all labels", f"{PLAIN} --projection none", [], "labels"),
+    ]),
+    "simclr-any-angle": Table("simclr", ("untrained_linear_probe", *PROBES), "", [
+        ("upright", "", []),
+        ("any angle", "", [], "any-angle"),
+    ]),
+    "simclr-small-batches": Table("simclr", PROBES, "--epochs 6", [
+        ("N = 8", "--batch-size 8", []),
+        ("N = 32", "--batch-size 32", []),
+    ]),
+    "moco-small-batches": Table("moco", PROBES, "--epochs 6", [
+        ("N = 8, one group", "--batch-size 8 --bn-groups 1", []),
+        ("N = 8, two groups", "--batch-size 8 --bn-groups 2", []),
+        ("N = 32, one group", "--batch-size 32 --bn-groups 1", []),
+        ("N = 32, two groups", "--batch-size 32 --bn-groups 2", []),
+    ]),
+    "moco-versions": Table("moco", PROBES, "--warmup 0", [
+        ("v1", "--no-mlp --no-aug-plus --no-cos", [60.6]),
+        ("(a) MLP", "--mlp --no-aug-plus --no-cos", [66.2]),
+        ("(b) aug+", "--no-mlp --aug-plus --blur 0.5 --no-cos", [63.4]),
+        ("(c) MLP, aug+", "--mlp --aug-plus --blur 0.5 --no-cos", [67.3]),
+        ("(d) MLP, aug+, cos", "--mlp --aug-plus --blur 0.5 --cos", [67.5]),
+    ]),
+    "rotnet-any-angle": Table("rotnet", ("rotation", "untrained_linear_probe", *PROBES), "", [
+        ("upright", "", []),
+        ("any angle", "", [], "any-angle"),
+    ]),
+    "colorization-colors": Table("colorization", ("untrained_linear_probe", *PROBES), "", [
+        ("color at random", "", []),
+        ("color by kind in seven of ten", "", [], "color-by-kind"),
+    ]),
+    "clip-captions": Table("clip", ("zero_shot", "linear_probe"), "", [
+        ("5 %", "", [], "kinds-named-0.05"),
+        ("20 %", "", [], "kinds-named-0.2"),
+        ("50 %", "", [], "kinds-named-0.5"),
+        ("100 %", "", []),
+    ]),
+    "clip-split": Table("clip", RECALLS, "--dataset data/flickr8k --encoder small --eval-every 5", [
+        ("by image", "", []),
+        ("by caption", "", [], "split-by-caption"),
+    ]),
+    "mae-decoder-depth": Table(*MAE, [
         ("1 block", "--decoder-depth 1", [84.8, 65.5]),
         ("2 blocks", "", [84.9, 70.0]),
         ("4 blocks", "--decoder-depth 4", [84.9, 71.9]),
         ("8 blocks", "--decoder-depth 8", [84.9, 73.5]),
         ("12 blocks", "--decoder-depth 12", [84.4, 73.3]),
-    ],
-    "mae-decoder-dim": [  # the paper's beside an encoder of 1024, ours beside 96
+    ]),
+    "mae-decoder-dim": Table(*MAE, [  # the paper's beside an encoder of 1024, ours beside 96
         ("128", "--decoder-dim 12", [84.9, 69.1]),
         ("256", "--decoder-dim 24", [84.8, 71.3]),
         ("512", "--decoder-dim 48", [84.9, 73.5]),
         ("768", "--decoder-dim 72", [84.4, 73.1]),
         ("1024", "--decoder-dim 96", [84.3, 73.1]),
-    ],
-    "mae-mask-token": [
+    ]),
+    "mae-mask-token": Table(*MAE, [
         ("encoder w/ [M]", "", [84.2, 59.6], "encode-mask-tokens"),
         ("encoder w/o [M]", "", [84.9, 73.5]),
-    ],
-    "mae-target": [
+    ]),
+    "mae-target": Table(*MAE, [
         ("pixel (w/o norm)", "", [84.9, 73.5]),
         ("pixel (w/ norm)", "--target norm-pixel", [85.4, 73.9]),
-    ],
-    "mae-augment": [
+    ]),
+    "mae-augment": Table(*MAE, [
         ("none", "", [84.0, 65.7], "augment-none"),
         ("crop, fixed size", "", [84.7, 73.1], "crop-fixed"),
         ("crop, rand size", "", [84.9, 73.5]),
         ("crop + color jit", "", [84.3, 71.9], "crop-color"),
-    ],
-    "mae-mask-sampling": [
+    ]),
+    "mae-mask-sampling": Table(*MAE, [
         ("random 75", "", [84.9, 73.5]),
         ("block 50", "--mask-ratio 0.5", [83.9, 72.3], "block"),
         ("block 75", "", [82.8, 63.9], "block"),
         ("grid 75", "", [84.0, 66.0], "grid"),
-    ],
-    "clip-split": [
-        ("by image", "", []),
-        ("by caption", "", [], "split-by-caption"),
-    ],
+    ]),
+    "mae-mask-ratio": Table(*MAE, [
+        ("25 %", "--mask-ratio 0.25", []),
+        ("50 %", "--mask-ratio 0.5", []),
+        ("75 %", "", [84.9, 73.5]),
+        ("90 %", "--mask-ratio 0.9", []),
+    ]),
 }  # fmt: skip
 
 
+# === Runs =========================================================================================
 def train(method, flags, change, folder):
     """A run of METHOD.py in this folder, begun or continued, with a part of it replaced."""
     if change:
         module, name, part = CHANGES[change]
         setattr(module, name, part)
-    script = importlib.import_module(method)
     begun = (folder / "checkpoint.pt").exists()
-    args = script.parse_args(["--resume", str(folder)] if begun else [*flags, "--out", str(folder)])
+    words = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
+    if (ROOT / "relatives" / f"{method}.py").exists():
+        sys.argv = [f"relatives/{method}.py", *words]
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        return
+    script = importlib.import_module(method)
+    args = script.parse_args(words)
     args.command = shlex.join(["python", *sys.argv])
     script.main(args)
 
@@ -213,29 +371,36 @@ def train_in_a_process(*inputs):
         process.apply(train, inputs)
 
 
-def measure(method, flags, change, seed, commit, train):
+def measure(table, flags, change, seed, commit, train):
     """The run of a row with a seed, trained if it is not there -> its record."""
-    slug = method + re.sub("[^a-z0-9.]+", "-", flags)
+    slug = table.method + re.sub("[^a-z0-9.]+", "-", flags)
     if change:
         slug += f"-{change}"
     folder = Path(f"runs/ablation-{commit[:7]}/{slug}-seed{seed}")
     if not (folder / "summary.json").exists():
-        every_flag = [*f"{METHODS[method][0]} {flags}".split(), "--seed", str(seed)]
-        train(method, every_flag, change, folder)
+        train(table.method, [*flags.split(), "--seed", str(seed)], change, folder)
     summary = json.loads((folder / "summary.json").read_text())
     about = {key: summary[key] for key in ("date", "device", "threads", "torch", "total_seconds")}
-    return {"seed": seed, "commit": commit} | about | summary["history"][-1] | summary["trained"]
+    record = {"seed": seed, "commit": commit} | about
+    for name, value in summary["untrained"].items():
+        record[f"untrained_{name}"] = value
+    for line in summary.get("semi_supervised", []):
+        for name in ("linear_probe", "fine_tuned", "from_scratch"):
+            record[f"{name}_{line['labels']}"] = line[name]
+    logged = summary["history"][-1] if summary["history"] else {}
+    logged = {name: logged[name] for name in table.columns if name in logged}
+    return record | summary.get("pretext_task", {}) | logged | summary["trained"]
 
 
 def rows_of(table, seeds, commit, train=train_in_a_process):
     """The rows of a table, each with a run of every seed."""
-    method = table.split("-")[0]
     rows = []
-    for case, flags, paper, *change in TABLES[table]:
+    for case, flags, paper, *change in table.rows:
         change = "".join(change)
-        row = {"case": case, "flags": f"{METHODS[method][0]} {flags}".strip(), "change": change}
+        flags = f"{table.flags} {flags}".strip()
+        row = {"case": case, "flags": flags, "change": change}
         row["paper"] = [number / 100 for number in paper]
-        row["runs"] = [measure(method, flags, change, seed, commit, train) for seed in seeds]
+        row["runs"] = [measure(table, flags, change, seed, commit, train) for seed in seeds]
         rows.append(row)
     return rows
 
@@ -247,20 +412,22 @@ def spread(values):
 
 
 def print_table(table, rows):
-    """Mean and standard deviation of the columns of the method, beside the paper's numbers."""
-    _, columns = METHODS[table.split("-")[0]]
-    print(f"\n{'':20}{'paper':>16}" + "".join(f"{column:>19}" for column in columns))
+    """Mean and standard deviation of the columns of a table, beside the paper's numbers."""
+    columns = [f"{name:>24}" for name in table.columns]
+    print(f"\n{'':40}{'paper':>16}" + "".join(columns))
     for row in rows:
         paper = " / ".join(f"{number:.1%}" for number in row["paper"])
-        cells = [spread([run[column] for run in row["runs"]]) for column in columns]
-        print(f"{row['case']:20}{paper:>16}" + "".join(f"{cell:>19}" for cell in cells))
+        cells = []
+        for name in table.columns:
+            values = [run[name] for run in row["runs"] if name in run]
+            cells.append(f"{spread(values) if values else '':>24}")
+        print(f"{row['case']:40}{paper:>16}" + "".join(cells))
 
 
 def commit_of_the_code():
     """Its 40 digits, or another text if some changes are in no commit."""
     git = "git describe --always --dirty --exclude '*' --abbrev=40"
-    root = Path(__file__).parent
-    done = subprocess.run(git, shell=True, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
 
@@ -278,11 +445,12 @@ def main(argv=None, commit=None, train=train_in_a_process):
     commit = commit_of_the_code() if commit is None else commit
     if not re.fullmatch("[0-9a-f]{40}", commit):
         parser.error("commit your changes first: a run is named after the commit of its code")
+    table = TABLES[args.table]
     try:
-        rows = rows_of(args.table, args.seeds, commit, train)
+        rows = rows_of(table, args.seeds, commit, train)
     except common.UserError as error:
         sys.exit(f"error: {error}")
-    print_table(args.table, rows)
+    print_table(table, rows)
     if args.record:
         content = {"command": shlex.join(["python", *sys.argv]), "rows": rows}
         args.record.write_text(json.dumps(content, indent=2) + "\n")

@@ -4,17 +4,23 @@ measured."""
 import dataclasses
 import importlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import spy
+import torch.nn.functional as F
+from conftest import SHAPES, assert_same, spy
+from torch import nn
 
 import common
 import mae
 import moco
+import rotnet
+import simclr
+from relatives import colorization
 from results import ablation
 
 COMMIT = "0123456789" * 4
@@ -33,7 +39,10 @@ def trained(tmp_path, monkeypatch):
         names = ("linear_probe", "knn", "fine_tuned", "from_scratch")
         scores = {name: (len(runs) + place) / 100 for place, name in enumerate(names)}
         folder.mkdir(parents=True)
-        content = summary | {"trained": scores, "history": [{"loss": 2}]}
+        few = [{"labels": 40, "linear_probe": 0.1, "fine_tuned": 0.2, "from_scratch": 0.3}]
+        history = [{"loss": 2, "val_recall": 0.6}]
+        content = summary | {"untrained": {"knn": 0.4}, "trained": scores, "history": history}
+        content |= {"semi_supervised": few, "pretext_task": {"rotation": 0.5}}
         (folder / "summary.json").write_text(json.dumps(content))
 
     def rows(*words, commit=COMMIT, record="table.json"):
@@ -50,14 +59,14 @@ def trained(tmp_path, monkeypatch):
 
 def test_a_table_has_a_run_of_every_row_and_seed(trained):
     runs, rows_of = trained
-    rows = rows_of("moco", "--seeds", "0", "2")
+    rows = rows_of("moco-versions", "--seeds", "0", "2")
     flags = [flags for _, flags, _, _ in runs]
     assert [words[-1] for words in flags] == ["0", "2"] * 5
     args = [moco.parse_args(words) for words in flags[::2]]
     cases = [(x.mlp, x.aug_plus, x.cos) for x in args]
     F, T = False, True
     assert cases == [(F, F, F), (T, F, F), (F, T, F), (T, T, F), (T, T, T)]
-    assert [x.temperature for x in args] == [0.07, 0.2, 0.07, 0.2, 0.2]
+    assert {x.temperature for x in args} == {0.1}
     assert [x.blur for x in args] == [0, 0, 0.5, 0.5, 0.5]
     assert all(x.warmup == 0 for x in args)
     assert rows[0]["paper"] == [0.606]
@@ -66,15 +75,18 @@ def test_a_table_has_a_run_of_every_row_and_seed(trained):
 
 def test_a_run_is_recorded_with_seed_and_commit(trained):
     _, rows_of = trained
-    run = rows_of("moco", "--seeds", "7")[1]["runs"][0]
-    expected = {"seed": 7, "commit": COMMIT, "date": "date", "device": "device", "loss": 2}
+    run = rows_of("moco-versions", "--seeds", "7")[1]["runs"][0]
+    expected = {"seed": 7, "commit": COMMIT, "date": "date", "device": "device"}
+    expected |= {"linear_probe": 0.02, "untrained_knn": 0.4, "rotation": 0.5}
+    expected |= {"linear_probe_40": 0.1, "fine_tuned_40": 0.2, "from_scratch_40": 0.3}
     assert {key: run[key] for key in expected} == expected
-    assert run["linear_probe"] == 0.02
+    assert "loss" not in run  # of the last epoch only what the table shows
+    assert rows_of("clip-split", "--seeds", "7")[1]["runs"][0]["val_recall"] == 0.6
 
 
 def test_mean_and_deviation_are_printed(trained, capsys):
     _, rows_of = trained
-    rows_of("moco", "--seeds", "0", "2")
+    rows_of("moco-versions", "--seeds", "0", "2")
     last = capsys.readouterr().out.splitlines()[-1]
     assert " ".join(last.split()) == "(d) MLP, aug+, cos 67.5% 9.5% ± 0.7% 10.5% ± 0.7%"
     rows_of("mae-mask-token", "--seeds", "0")
@@ -85,8 +97,8 @@ def test_mean_and_deviation_are_printed(trained, capsys):
 
 def test_what_is_finished_is_not_run_again(trained):
     runs, rows_of = trained
-    first = rows_of("moco", "--seeds", "0", "2")
-    again = rows_of("moco", "--seeds", "2", "0")
+    first = rows_of("moco-versions", "--seeds", "0", "2")
+    again = rows_of("moco-versions", "--seeds", "2", "0")
     assert len(runs) == 10
     assert [row["runs"][::-1] for row in again] == [row["runs"] for row in first]
 
@@ -95,16 +107,16 @@ def test_tables_share_equal_runs(trained):
     runs, rows_of = trained
     rows_of("mae-mask-token", "--seeds", "0")
     rows_of("mae-target", "--seeds", "0")
-    names = ["mae-encode-mask-tokens-seed0", "mae-seed0", "mae-target-norm-pixel-seed0"]
-    assert [folder.name for _, _, _, folder in runs] == names
+    names = ["encode-mask-tokens-seed0", "seed0", "target-norm-pixel-seed0"]
+    assert [folder.name for _, _, _, folder in runs] == [f"mae-fine-tune-{x}" for x in names]
     assert [change for _, _, change, _ in runs] == ["encode-mask-tokens", "", ""]
     assert all(flags[0] == "--fine-tune" for _, flags, _, _ in runs)
 
 
 def test_a_table_is_of_one_commit(trained):
     runs, rows_of = trained
-    rows_of("moco", "--seeds", "0")
-    rows = rows_of("moco", "--seeds", "0", commit="abcde" * 8)
+    rows_of("moco-versions", "--seeds", "0")
+    rows = rows_of("moco-versions", "--seeds", "0", commit="abcde" * 8)
     assert len(runs) == 10
     assert "abcdeab" in str(runs[9][3])
     assert {row["runs"][0]["commit"] for row in rows} == {"abcde" * 8}
@@ -114,7 +126,7 @@ def test_a_table_is_of_one_commit(trained):
 def test_code_without_a_commit_is_not_measured(trained, capsys, commit):
     runs, rows_of = trained
     with pytest.raises(SystemExit):
-        rows_of("moco", commit=commit)
+        rows_of("moco-versions", commit=commit)
     assert "error: commit your changes first" in capsys.readouterr().err
     assert runs == []
 
@@ -122,7 +134,7 @@ def test_code_without_a_commit_is_not_measured(trained, capsys, commit):
 def test_a_record_that_cannot_be_written_is_refused_first(trained, capsys):
     runs, rows_of = trained
     with pytest.raises(SystemExit):
-        rows_of("moco", record="nowhere/table.json")
+        rows_of("moco-versions", record="nowhere/table.json")
     assert "--record nowhere/table.json: there is no such folder" in capsys.readouterr().err
     assert runs == []
 
@@ -132,13 +144,17 @@ def test_the_commit_is_that_of_the_code():
 
 
 def test_every_row_of_every_table_is_a_run():
-    assert len(ablation.TABLES) == 9
-    for table, rows in ablation.TABLES.items():
-        method = table.split("-")[0]
-        script = importlib.import_module(method)
-        for _, flags, _, *change in rows:
-            script.parse_args(f"{ablation.METHODS[method][0]} {flags}".split())
-            assert "".join(change) in ["", *ablation.CHANGES]
+    assert len(ablation.TABLES) == 20
+    changes = set()
+    for table in ablation.TABLES.values():
+        for _, flags, _, *change in table.rows:
+            words = f"{table.flags} {flags}".split()
+            if table.method == "colorization":
+                rotnet.parse_args(words, colorization.Args)
+            else:
+                importlib.import_module(table.method).parse_args(words)
+            changes |= set(change)
+    assert changes == set(ablation.CHANGES)
 
 
 # ==================================================================================================
@@ -168,6 +184,16 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert not args.mlp
 
 
+def test_a_relative_is_run_as_a_program(tmp_path, monkeypatch, tiny_shapes):
+    monkeypatch.setattr(sys, "argv", ["results/ablation.py", "colorization-colors"])
+    flags = ["--dataset", str(tiny_shapes), "--encoder", "small", "--epochs", "0"]
+    flags += ["--classifier-epochs", "1", "--batch-size", "8"]
+    ablation.train("colorization", flags, "", tmp_path / "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["method"] == "colorization"
+    assert summary["args"]["epochs"] == 0
+
+
 @pytest.mark.parametrize("change", ablation.CHANGES)
 def test_a_part_is_replaced_for_the_run(tmp_path, monkeypatch, change):
     module, name, part = ablation.CHANGES[change]
@@ -181,6 +207,85 @@ def test_a_part_is_replaced_for_the_run(tmp_path, monkeypatch, change):
 # ==================================================================================================
 # Parts
 # ==================================================================================================
+
+
+def test_with_all_negatives_of_a_view_the_loss_is_a_loop():
+    z1, z2 = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    losses = []
+    for i in range(10):
+        exp = [(z[i] @ z[(i + k) % 10] / 0.5).exp() for k in (5, 1, 2, 3)]
+        losses.append(-(exp[0] / sum(exp)).log())
+    loss = ablation.with_negatives(3)(z1, z2, 0.5)
+    assert torch.allclose(loss, torch.stack(losses).mean(), atol=1e-6)
+    assert simclr.nt_xent(z1, z2, 0.5) > loss  # which has eight
+
+
+def test_with_labels_the_encoder_is_what_they_trained(monkeypatch):
+    data = SHAPES()
+    args = simclr.parse_args(["--batch-size", "8", "--projection", "none"])
+    model = simclr.SimCLR(args)
+    tuned = nn.Sequential(simclr.build_encoder("small")[0], nn.Linear(128, 10))
+    calls = []
+    monkeypatch.setattr(simclr, "fine_tune", lambda *inputs: calls.append(inputs) or (0.5, tuned))
+    assert ablation.with_labels(model, data, args, None, None) == []
+    ((_, D, _, rows, _),) = calls
+    assert D == 128
+    assert torch.equal(rows, torch.arange(len(data.train_labels)))
+    assert_same(dict(model.encoder.state_dict()), dict(tuned[0].state_dict()))
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_tuned_by_crops_and_flips_or_by_the_views_of_pretraining(monkeypatch, color):
+    calls = []
+    monkeypatch.setattr(ablation, "fine_tune", lambda *inputs: calls.append(inputs))
+    args = simclr.parse_args([])
+    ablation.tuned(2000, color)("encoder", 128, "data", "rows", args)
+    ((*inputs, views, steps),) = calls
+    assert (inputs, steps) == (["encoder", 128, "data", "rows"], 2000)
+    plain = dataclasses.replace(args, jitter_strength=0.0, gray=0.0)
+    assert views == (args if color else plain)
+
+
+def scenes_of(sample, count=1000):
+    return sample(count, torch.Generator().manual_seed(0))
+
+
+def test_at_any_angle_only_the_tilt_differs():
+    upright = scenes_of(common.sample_shapes)
+    turned = scenes_of(ablation.at_any_angle)
+    assert [key for key in upright if not torch.equal(upright[key], turned[key])] == ["tilt"]
+    counts = torch.histc(turned["tilt"], 8, -math.pi, math.pi)
+    assert counts.sum() == 1000
+    assert counts.min() > 80
+
+
+def test_colored_by_kind_only_the_kind_differs():
+    scenes = scenes_of(common.sample_shapes)
+    colored = scenes_of(ablation.colored_by_kind)
+    assert [key for key in scenes if not torch.equal(scenes[key], colored[key])] == ["label"]
+    own = (colored["label"] == colored["color"]).float().mean()
+    assert abs(own - 0.73) < 0.02  # a tenth of the others by chance
+    assert colored["label"].bincount().min() > 50
+
+
+def test_captions_name_the_kind_with_a_probability():
+    scenes = scenes_of(common.sample_shapes)
+    whole = common.describe_shapes(scenes, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    captions = ablation.naming_kinds(0.2)(scenes, generator)
+    told = 0
+    for texts, others in zip(captions, whole, strict=True):
+        for text, other in zip(texts, others, strict=True):
+            kind = next(name for name in common.SILHOUETTES if name in other)
+            told += text == other
+            assert text in (other, other.replace(f"an {kind}", "a thing").replace(kind, "thing"))
+            assert ("thing" in text) != (kind in text)
+    assert abs(told / 5000 - 0.2) < 0.02
+    assert ablation.naming_kinds(1)(scenes, torch.Generator().manual_seed(1)) == whole
+    state = torch.Generator().manual_seed(1)
+    common.describe_shapes(scenes, state)
+    assert torch.equal(generator.get_state(), state.get_state())  # the images that follow stay
 
 
 def test_split_by_caption_learns_from_the_test_images(monkeypatch):

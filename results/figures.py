@@ -1,17 +1,20 @@
-"""Draws the log of one or more runs over the epochs, or accuracy over the number of labels (needs
-matplotlib).
+"""Draws the log of one or more runs over the epochs, or what a record holds (needs matplotlib).
 
     python results/figures.py runs/simclr-shapes-seed0 results/moco-shapes-seed0.json -o curves.png
     python results/figures.py --labels results/rotnet-shapes-labels.json -o labels.png
     python results/figures.py --few-shot results/clip-shapes-seed0.json -o few-shot.png
+    python results/figures.py --factors results/factors.json -o factors.png
+    python results/figures.py --bound results/infonce.json -o infonce.png
 
 A run is a folder, finished or not, or a record, a summary.json. --labels draws the lecture's
 semi-supervised figure from runs with --labels, --few-shot the lecture's zero-shot CLIP against
-few-shot probes; these must be finished.
+few-shot probes; these must be finished. --factors and --bound draw a record of factors.py, and of
+infonce.py.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,6 +22,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from results.tables import factor_means  # noqa: E402
 
 LABELS = {
     "loss": "loss (nats)",
@@ -121,6 +127,53 @@ def draw_labels(runs, out):
     finish(figure, [panel], out)
 
 
+def draw_factors(record, out):
+    """A record of factors.py -> a heat map, means over the seeds: a row for each factor, a column
+    for each network. White is chance, dark blue is perfect."""
+    means = factor_means(record)
+    chance = record["chance"]
+    size = (2.8 + 0.62 * len(means), 2.2 + 0.42 * len(chance))
+    figure, panel = pyplot.subplots(figsize=size, layout="constrained")
+    shades = []
+    for row, (factor, floor) in enumerate(chance.items()):
+        shades.append([])
+        for column, scores in enumerate(means.values()):
+            shade = max(0.0, (scores[factor] - floor) / (1 - floor))
+            shades[row].append(shade)
+            text = f"{100 * scores[factor]:.0f} %" if floor else f"{scores[factor]:.2f}"
+            style = {"ha": "center", "va": "center", "fontsize": 8}
+            panel.text(column, row, text, color="white" if shade > 0.6 else "black", **style)
+    panel.imshow(shades, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    panel.set_xticks(range(len(means)), means, rotation=40, ha="left", fontsize=9)
+    names = [f"{name} ({'accuracy' if floor else 'R²'})" for name, floor in chance.items()]
+    panel.set_yticks(range(len(names)), names, fontsize=9)
+    panel.tick_params(length=0, labelbottom=False, labeltop=True)
+    panel.spines[:].set_visible(False)
+    panel.axhline(len(names) - 3.5, color="black", linewidth=0.8)  # below: what was done to images
+    figure.suptitle("What a linear probe reads from frozen features", fontsize=11)
+    figure.savefig(out, dpi=120)
+
+
+def draw_bound(record, out):
+    """A record of infonce.py -> the bound over the number of candidates, a line for each mutual
+    information, which is dotted."""
+    figure, panel = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    rows = record["rows"]
+    sizes = sorted({row["N"] for row in rows})
+    for information in sorted({row["information"] for row in rows}):
+        own = [row for row in rows if row["information"] == information]
+        x = [row["N"] for row in own]
+        y = [row["bound"] for row in own]
+        (line,) = panel.plot(x, y, label=f"I = {information}", marker="o", markersize=3)
+        panel.axhline(information, color=line.get_color(), linewidth=0.8, linestyle=":")
+    panel.plot(sizes, [math.log(N) for N in sizes], color="black", label="log N")
+    panel.set(xscale="log", xlabel="candidates N", ylabel="log N - InfoNCE (nats)", ylim=(0, 9))
+    panel.set_xticks(sizes[1::2], [f"{N:,}" for N in sizes[1::2]])
+    panel.minorticks_off()
+    panel.set_title("InfoNCE bounds mutual information from below", fontsize=11)
+    finish(figure, [panel], out)
+
+
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -129,10 +182,15 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--labels", dest="table", action="store_const", const=few_labels)
     parser.add_argument("--few-shot", dest="table", action="store_const", const=few_shot)
+    parser.add_argument("--factors", dest="draw", action="store_const", const=draw_factors)
+    parser.add_argument("--bound", dest="draw", action="store_const", const=draw_bound)
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args(argv)
     try:
-        if args.table:
+        if args.draw:
+            (path,) = args.runs
+            args.draw(read_summary(path), args.out)
+        elif args.table:
             runs = {path.stem: args.table(read_summary(path)) for path in args.runs}
             draw_labels(runs, args.out)
         else:

@@ -40,6 +40,16 @@ def spread(values):
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f} %"
 
 
+def spread_of(row, key):
+    """The same of a row of a record of ablation.py."""
+    return spread([run[key] for run in row["runs"]])
+
+
+def cell(factor, value):
+    """A score of factors.py: an accuracy in percent, or an R2."""
+    return f"{100 * value:.0f} %" if RECORDS["factors"]["chance"][factor] else f"{value:.2f}"
+
+
 def change(key, *records):
     """Untrained → trained, the mean of the records; nothing without a key."""
     if not key:
@@ -62,6 +72,55 @@ def seeds(method):
 
 def minutes(record):
     return f"{record['total_seconds'] / 60:.0f} min"
+
+
+NETWORKS = {  # of results/factors.json: run and part, in the order of table and figure
+    ("untrained ResNet", "h"): "untrained ResNet",
+    ("simclr-shapes", "h"): "SimCLR h",
+    ("simclr-shapes", "z"): "SimCLR z",
+    ("simclr-projection-linear", "h"): "SimCLR h, linear head",
+    ("simclr-projection-linear", "z"): "SimCLR z, linear head",
+    ("simclr-projection-none", "h"): "SimCLR h, no head",
+    ("simclr-jitter-strength-0-gray-0", "h"): "SimCLR h, crop and flip",
+    ("moco-shapes", "h"): "MoCo h",
+    ("moco-shapes", "z"): "MoCo z",
+    ("simclr-jitter-strength-0-gray-0-projection-none-labels", "h"): "supervised on kind",
+    ("clip-shapes", "h"): "CLIP h",
+    ("clip-shapes", "common space"): "CLIP, common space",
+    ("untrained NiN", "block 2"): "untrained NiN",
+    ("rotnet-shapes", "block 1"): "RotNet, block 1",
+    ("rotnet-shapes", "block 2"): "RotNet, block 2",
+    ("rotnet-shapes", "block 3"): "RotNet, block 3",
+    ("relative_patch-shapes", "block 2"): "relative patches",
+    ("inpainting-shapes", "block 2"): "inpainting",
+    ("untrained NiN, standardized images", "block 2"): "untrained, standardized",
+    ("jigsaw-shapes", "block 2"): "jigsaw",
+    ("untrained NiN, gray images", "block 2"): "untrained, gray",
+    ("colorization-shapes", "block 2"): "colorization",
+    ("untrained ViT", "patch tokens"): "untrained ViT",
+    ("mae-shapes", "patch tokens"): "MAE",
+    ("untrained ViT with a stem", "all tokens"): "untrained ViT, stem",
+    ("dino-shapes", "all tokens"): "DINO",
+}
+
+
+def factor_scores(record, run, part, factor):
+    """All seeds of a network in a record of factors.py."""
+    rows = [row for row in record["rows"] if (row["run"], row["part"]) == (run, part)]
+    return [row["scores"][factor] for row in rows]
+
+
+def factor_means(record):
+    """A record of factors.py -> {network: {factor: mean of the seeds}}, of those NETWORKS that it
+    has."""
+    means = {}
+    for (run, part), title in NETWORKS.items():
+        if any((row["run"], row["part"]) == (run, part) for row in record["rows"]):
+            means[title] = {
+                factor: statistics.mean(factor_scores(record, run, part, factor))
+                for factor in record["chance"]
+            }
+    return means
 
 
 # === README.md ====================================================================================

@@ -1,11 +1,12 @@
 """The curves, drawn from run folders and from records."""
 
 import json
+import math
 
 import matplotlib.axes
 import pytest
 
-from results import figures
+from results import figures, tables
 
 HISTORY = [
     {"epoch": 1, "loss": 4.0, "bound": 1.0},
@@ -78,6 +79,40 @@ def test_lines_of_two_runs_have_their_names(tmp_path, monkeypatch):
     assert labels == ["one, frozen", "two, frozen"]
 
 
+def test_the_heat_map_has_a_mean_of_the_seeds(tmp_path, monkeypatch):
+    rows = []
+    for seed, score in enumerate((0.2, 0.4)):
+        for run, part in (("simclr-shapes", "z"), ("simclr-shapes", "h"), ("unknown", "h")):
+            scores = {"kind": score, "size": -0.1, "turned": 0.9, "gray": 0.5, "noise": 0.8}
+            rows.append({"run": run, "part": part, "seed": seed, "scores": scores})
+    chance = {"kind": 0.1, "size": 0.0, "turned": 0.25, "gray": 0.5, "noise": 0.5}
+    record = {"chance": chance, "rows": rows}
+    texts = []
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "text", lambda _, x, y, text, **__: texts.append(text)
+    )
+    shades = []
+    imshow = matplotlib.axes.Axes.imshow
+
+    def shown(panel, values, **style):
+        shades.extend(values)
+        return imshow(panel, values, **style)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", shown)
+    figures.draw_factors(record, tmp_path / "factors.png")
+    assert texts[::2] == texts[1::2] == ["30 %", "-0.10", "90 %", "50 %", "80 %"]  # h, then z
+    assert [row[0] for row in shades] == pytest.approx([0.2 / 0.9, 0, 0.65 / 0.75, 0, 0.6])
+    assert list(tables.factor_means(record)) == ["SimCLR h", "SimCLR z"]
+
+
+def test_the_bound_is_drawn_over_the_candidates(tmp_path, drawn):
+    rows = [{"information": i, "N": n, "bound": i / n} for i in (1, 2) for n in (2, 4)]
+    lines = drawn({"rows": rows}, "--bound")
+    assert lines[0] == ("I = 1", [2, 4], [0.5, 0.25])
+    assert lines[1] == ("I = 2", [2, 4], [1.0, 0.5])
+    assert lines[2] == ("log N", [2, 4], [math.log(2), math.log(4)])
+
+
 @pytest.mark.parametrize(
     ("summary", "words", "reason"),
     [
@@ -86,6 +121,8 @@ def test_lines_of_two_runs_have_their_names(tmp_path, monkeypatch):
         ({"trained": {}}, ["--labels"], "'semi_supervised'"),
         ({"history": []}, [], "no epoch is logged yet"),
         ({}, [], "'history'"),
+        ({}, ["--factors"], "'rows'"),
+        ({}, ["--bound"], "'rows'"),
     ],
 )
 def test_what_has_nothing_to_draw_is_one_line(drawn, summary, words, reason):

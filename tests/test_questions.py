@@ -1,0 +1,184 @@
+"""What results/ asks of finished runs beside the factors: attention and masks, label sets, and the
+bound on mutual information."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHAPES
+
+import clip
+import common
+import dino
+from results import attention, factors, infonce, zero_shot
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Scenes and images, training and test."""
+    parts = []
+    for scenes, images in factors.draw():
+        parts.append(({key: x[:60] for key, x in scenes.items()}, images[:60]))
+    return parts
+
+
+# ==================================================================================================
+# Mutual information
+# ==================================================================================================
+def test_the_score_is_the_ratio_of_two_gaussians():
+    r = 0.6
+    x, y = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    for i in range(3):
+        for j in range(3):
+            given_x = torch.distributions.Normal(r * x[i], math.sqrt(1 - r * r))
+            alone = torch.distributions.Normal(0.0, 1.0)
+            ratio = given_x.log_prob(y[j]).sum() - alone.log_prob(y[j]).sum()
+            assert infonce.log_ratio(x, y, r)[i, j] == pytest.approx(ratio.item(), abs=1e-6)
+
+
+def test_the_bound_reaches_a_small_information_and_log_n_below_a_large_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(infonce, "INFORMATION", (1, 8))
+    monkeypatch.setattr(infonce, "CANDIDATES", [8, 128])
+    infonce.main(["--record", str(tmp_path / "infonce.json")])
+    record = json.loads((tmp_path / "infonce.json").read_text())
+    bounds = {(row["information"], row["N"]): row["bound"] for row in record["rows"]}
+    assert bounds[1, 128] == pytest.approx(1, abs=0.1)
+    assert math.log(8) - 0.3 < bounds[8, 8] < math.log(8)
+    assert math.log(128) - 0.5 < bounds[8, 128] < math.log(128)
+
+
+# ==================================================================================================
+# Attention
+# ==================================================================================================
+def test_a_mask_covers_what_differs_from_the_background():
+    scenes = common.sample_shapes(20, torch.Generator().manual_seed(0))
+    masks = attention.masks_of(scenes).unflatten(1, (32, 32))
+    assert set(masks.unique().tolist()) == {0, 1}
+    images = common.draw_shapes(scenes, torch.Generator().manual_seed(1)) / 255
+    thing = (torch.tensor(list(common.COLORS.values())) / 255)[scenes["color"]]
+    own = (images - thing[..., None, None]).norm(dim=1)
+    assert own[masks == 1].median() < 0.1
+    assert own[masks == 0].median() > 0.3
+
+
+def test_overlap_by_hand():
+    maps = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]])
+    assert attention.most(maps).tolist() == [[[1, 1, 0, 0]]]
+    mask = torch.tensor([[1.0, 0, 1, 0]])
+    assert attention.iou(attention.most(maps), mask).item() == pytest.approx(1 / 3)
+    whole = attention.overlaps(torch.tensor([[[0.5, 0.0, 0.5, 0.0]]]), mask)
+    assert whole.tolist() == [1, 0]  # the head, and its opposite
+    assert attention.brighter_on_the_object(maps, mask).tolist() == [[1]]
+    assert attention.brighter_on_the_object(maps, 1 - mask).tolist() == [[0]]
+
+
+class Looks(torch.nn.Module):
+    """Attention as if of two heads: to what is as white as the image, and to one place."""
+
+    patch_size = 1
+
+    def attention(self, x):
+        light = F.adaptive_avg_pool2d(x.mean(1), 32).flatten(1)
+        place = torch.zeros_like(light)
+        place[:, 0] = 1
+        return torch.stack([(light - light.amin(1, keepdim=True)) ** 4, place], dim=1)
+
+
+def test_a_head_is_chosen_on_training_images_and_measured_on_test(monkeypatch):
+    scenes = common.sample_shapes(20, torch.Generator().manual_seed(0))
+    colors = list(common.COLORS)
+    scenes["color"][:] = colors.index("white")
+    scenes["background"][:] = colors.index("black")
+    images = common.draw_shapes(scenes, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(dino, "as_patches", lambda x, _: x / 255)
+    row = attention.measure(Looks(), (scenes, images), (scenes, 255 - images))
+    assert row["chosen"] == {"head": 1, "opposite": False}
+    assert row["iou_of_the_chosen"] == row["iou_of_heads"][0] < 0.1  # test images are negatives
+    assert row["iou_of_their_opposites"][0] > 0.3
+    row = attention.measure(Looks(), (scenes, images), (scenes, images))
+    assert row["iou_of_the_chosen"] > 0.5
+    assert row["looks_at_brighter_objects"][0] == 1
+
+
+def test_the_mean_mask_is_a_guess_without_an_image(few):
+    guesses = attention.guess(*few)
+    share = attention.masks_of(few[1][0]).mean().item()
+    assert guesses["all_of_the_image"] == pytest.approx(share, abs=1e-5)
+    assert share + 0.1 < guesses["mean_mask"] < 0.6
+
+
+def test_runs_before_and_after_training_are_in_the_record(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(factors, "draw", lambda: few)
+    summary = {"command": "python dino.py", "args": {"seed": 3}}
+    parts = {"all tokens": Looks()}
+    monkeypatch.setattr(factors, "networks", lambda _: (summary, parts, parts))
+    attention.main(["run", "--record", str(tmp_path / "attention.json")])
+    (run,) = json.loads((tmp_path / "attention.json").read_text())["runs"]
+    assert (run["command"], run["seed"]) == ("python dino.py", 3)
+    assert run["untrained"] == run["trained"]
+    assert len(run["trained"]["iou_of_heads"]) == 2
+
+
+# ==================================================================================================
+# Zero-shot
+# ==================================================================================================
+def words_of(text):
+    return set(re.findall(r"[a-z-]+", text))
+
+
+def test_every_right_answer_is_what_the_captions_say(few):
+    scenes, _ = few[1]
+    sentences = [words_of(texts[-1]) for texts in SHAPES().test_captions[:60]]
+    for prompts, right in zero_shot.questions(scenes).values():
+        assert len(set(prompts)) == len(prompts)
+        everywhere = set.intersection(*map(words_of, prompts))
+        for sentence, answers in zip(sentences, right.tolist(), strict=True):
+            for answer in answers:
+                assert words_of(prompts[answer]) - everywhere <= sentence
+
+
+def test_open_places_are_filled_with_all_that_fits():
+    texts = zero_shot.filled("there is a {color} {kind}")
+    assert len(texts) == 100
+    assert {"there is an orange arrow", "there is a red star"} <= set(texts)
+    assert zero_shot.filled("there is a arrow") == ["there is an arrow"]
+
+
+def test_an_answer_is_the_nearest_prompt(monkeypatch):
+    features = {"one": [1.0, 0.0], "two": [0.0, 1.0]}
+
+    def embed_texts(model, tokenizer, texts):
+        return torch.tensor([features[text] for text in texts])
+
+    monkeypatch.setattr(clip, "embed_texts", embed_texts)
+    x = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    right = torch.tensor([[0], [1], [1]])
+    assert zero_shot.accuracy(None, None, x, ["one", "two"], right) == pytest.approx(2 / 3)
+    both = torch.tensor([[0, 1]] * 3)
+    assert zero_shot.accuracy(None, None, x, ["one", "two"], both) == 1
+
+
+def test_a_run_is_asked_all_questions(few, tmp_path, monkeypatch):
+    data = SHAPES()
+    args = clip.parse_args([])
+    tokenizer = clip.Tokenizer(data.train_captions, args.context)
+    model = clip.CLIP(args, 4 + len(tokenizer.words)).eval()
+    monkeypatch.setattr(factors, "draw", lambda: few)
+    monkeypatch.setattr(clip, "load_run", lambda _: (model, tokenizer, args))
+    zero_shot.main(["run", "--record", str(tmp_path / "zero-shot.json")])
+    record = json.loads((tmp_path / "zero-shot.json").read_text())
+    (run,) = record["runs"]
+    assert list(run["accuracy"]) == list(record["chance"])
+    assert record["chance"]["kind and color"] == 0.01
+    assert record["chance"]["a color of the background"] == 0.2
+    assert all(0 <= value <= 1 for value in run["accuracy"].values())
+
+
+def test_a_folder_without_a_run_of_clip_is_one_line(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(factors, "draw", lambda: few)
+    with pytest.raises(SystemExit):
+        zero_shot.main([str(tmp_path)])
+    assert "must be the folder of a trained run of clip.py" in capsys.readouterr().err

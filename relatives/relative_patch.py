@@ -111,24 +111,26 @@ def assemble(tiles):
 
 
 def save_positions(folder, model, images, args):
-    """positions.png: images, and below each three of its patches, placed around the one in the
-    middle where they are predicted to lie. Wrong ones are reddish."""
+    """positions.png: images, and below the nine patches of each. A patch has a green frame if the
+    network, which sees it beside the one in the middle, finds its position, and else a red one."""
     generator = torch.Generator(images.device).manual_seed(args.seed)
     patches = cut_patches(images / 255, args, generator)
-    predicted = 1 + model(common.normalize(patches)).argmax(1).view(-1, 8).cpu()
-    patches = patches.cpu().unflatten(0, (-1, 9))  # (R, 9, 3, p, p)
-    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
-    rows = [F.interpolate(images.cpu() / 255, 3 * patches.shape[3] + 12)]
-    for y in (2, 5, 8):  # above, to the right, and below on the right
-        tiles = torch.full_like(patches, 0.9)
-        for i, position in enumerate(predicted[:, y - 1]):
-            row, column = GRID[position]
-            patch = patches[i, y]
-            tiles[i, 4] = patches[i, 0]
-            tiles[i, 3 * row + column] = patch if position == y else patch.lerp(red, 0.5)
-        rows.append(assemble(tiles))
-    title = "test images; below, three patches of each, where the network places them"
-    rotnet.save_sheet(folder / "positions.png", {title: torch.stack(rows)})
+    positions = 1 + model(common.normalize(patches)).argmax(1).view(-1, 8).cpu()
+    correct = positions == torch.arange(1, 9)  # (R, 8)
+    patches = patches.cpu().unflatten(0, (-1, 9))  # (R, 9, 3, p, p), the one in the middle first
+    frames = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2]])[correct.long()]  # (R, 8, 3)
+    frames = torch.cat([torch.ones(len(patches), 1, 3), frames], dim=1)[..., None, None]
+    framed = F.pad(patches, (1, 1, 1, 1), value=-1)
+    framed = torch.where(framed < 0, frames, framed)
+    tiles = torch.empty_like(framed)
+    for position, (row, column) in enumerate(GRID):
+        tiles[:, 3 * row + column] = framed[:, position]
+    squares = assemble(tiles)
+    whole = F.interpolate(images.cpu() / 255, squares.shape[2:])
+    title = (
+        "test images, and their patches; green: the network finds the position, red: it does not"
+    )
+    rotnet.save_sheet(folder / "positions.png", {title: torch.stack([whole, squares])})
 
 
 if __name__ == "__main__":

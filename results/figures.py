@@ -91,11 +91,15 @@ def finish(figure, panels, out):
 
 
 def draw_curves(runs, out):
-    """runs {name: history} -> a figure with a panel for each quantity that they have."""
-    logged = {name for history in runs.values() for line in history for name in line}
-    keys = [key for key in LABELS if key in logged]
+    """runs {name: history} -> a figure with a panel for each quantity that a run has more than
+    twice, since two points are no curve."""
+    keys = []
+    for key in LABELS:
+        points = [sum(key in line for line in history) for history in runs.values()]
+        if max(points, default=0) > 2:
+            keys.append(key)
     if not keys:
-        raise ValueError("no epoch is logged yet")
+        raise ValueError("fewer than three epochs are logged")
     size = (4 * len(keys), 3.4)
     figure, panels = pyplot.subplots(
         1, len(keys), figsize=size, layout="constrained", squeeze=False

@@ -13,6 +13,7 @@ HISTORY = [
     {"epoch": 2, "loss": 2.0, "bound": 3.0, "knn": 0.2},
     {"epoch": 3, "loss": 1.5, "bound": 3.5},
     {"epoch": 4, "loss": 1.0, "bound": 4.0, "knn": 0.4},
+    {"epoch": 5, "loss": 0.5, "bound": 4.5, "knn": 0.5, "val_recall": 0.7},
 ]
 
 
@@ -38,9 +39,9 @@ def drawn(tmp_path, monkeypatch):
 
 def test_curves_of_a_record(drawn):
     loss, bound, knn = drawn({"history": HISTORY})
-    assert loss == ("record", [1, 2, 3, 4], [4.0, 2.0, 1.5, 1.0])
-    assert bound == ("record", [1, 2, 3, 4], [1.0, 3.0, 3.5, 4.0])
-    assert knn == ("record", [2, 4], [0.2, 0.4])
+    assert loss == ("record", [1, 2, 3, 4, 5], [4.0, 2.0, 1.5, 1.0, 0.5])
+    assert bound == ("record", [1, 2, 3, 4, 5], [1.0, 3.0, 3.5, 4.0, 4.5])
+    assert knn == ("record", [2, 4, 5], [0.2, 0.4, 0.5])  # and no panel of one value
 
 
 def test_a_folder_is_read_while_it_is_trained(tmp_path):
@@ -119,7 +120,7 @@ def test_the_bound_is_drawn_over_the_candidates(tmp_path, drawn):
         ({"semi_supervised": []}, ["--labels"], "record has no accuracies with few labels"),
         ({"trained": {}}, ["--few-shot"], "record has no accuracies with few labels"),
         ({"trained": {}}, ["--labels"], "'semi_supervised'"),
-        ({"history": []}, [], "no epoch is logged yet"),
+        ({"history": HISTORY[:2]}, [], "fewer than three epochs are logged"),
         ({}, [], "'history'"),
         ({}, ["--factors"], "'rows'"),
         ({}, ["--bound"], "'rows'"),

@@ -176,7 +176,7 @@ def test_every_patch_is_compared_with_the_middle_one():
     assert model.classifier.seen[0].tolist() == expected
 
 
-def test_patches_are_drawn_where_they_are_predicted(tmp_path, monkeypatch):
+def test_a_patch_has_a_green_frame_if_its_position_is_found(tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(rotnet, "save_sheet", lambda _, blocks: sheets.append(blocks))
     args = arguments("relative_patch", "--gap", 0, "--jitter", 0)
@@ -189,17 +189,18 @@ def test_patches_are_drawn_where_they_are_predicted(tmp_path, monkeypatch):
         return F.one_hot(predicted, 8).float()
 
     relative_patch.save_positions(tmp_path, model, images, args)
-    ((whole, *rows),) = sheets[0].values()
+    ((whole, squares),) = sheets[0].values()
     assert torch.equal(whole[:, :, 0, 0], images[:, :, 0, 0] / 255)
-    for y, drawn in zip((2, 5, 8), rows, strict=True):
-        position = 1 + predicted[y - 1]
-        row, column = relative_patch.GRID[position]
-        for square, cut in zip(drawn, patches, strict=True):
-            tiles = square[:, 3:-3, 3:-3].unfold(1, 10, 10).unfold(2, 10, 10)[..., 1:-1, 1:-1]
-            assert torch.equal(tiles[:, 1, 1], cut[0])
+    for square, cut in zip(squares, patches, strict=True):
+        tiles = square[:, 3:-3, 3:-3].unfold(1, 12, 12).unfold(2, 12, 12)[..., 1:-1, 1:-1]
+        for y, (row, column) in enumerate(relative_patch.GRID):
             tile = tiles[:, row, column]
-            assert torch.equal(tile, cut[y]) == (position == y)
-            assert (tile - cut[y]).abs().max() < 0.5  # reddish
+            assert torch.equal(tile[:, 1:-1, 1:-1], cut[y])
+            red, green, blue = tile[:, 0, 0].tolist()
+            if y == 0:
+                assert red == green == blue == 1
+            else:
+                assert (green > red) == (y not in (2, 3))
 
 
 def test_nine_tiles_make_an_image():

@@ -151,6 +151,24 @@ def parts_of(method, model):
     return {f"block {number}": rotnet.pooled(model.encoder, number) for number in blocks}
 
 
+def models(folder):
+    """A finished run, but for clip.py's -> its summary, its Args, and its model before training and
+    after it."""
+    summary = json.loads((folder / "summary.json").read_text())
+    module, Model = MODELS[summary["method"]]
+    args = module.Args(**summary["args"])
+    torch.manual_seed(args.seed)
+    model = Model(args, 32) if Model is mae.build_mae else Model(args)
+    model = model.to(memory_format=torch.channels_last).eval()
+    before = copy.deepcopy(model)
+    if (folder / "checkpoint.pt").exists():
+        content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(content["model"])
+    else:  # of simclr.py, with labels in the place of pretraining
+        model.encoder.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+    return summary, args, before, model
+
+
 def networks(folder):
     """A finished run -> its summary, {part: network} before training, and the same after it."""
     summary = json.loads((folder / "summary.json").read_text())
@@ -158,18 +176,8 @@ def networks(folder):
     if method == "clip":
         model, _, _ = clip.load_run(folder)
         return summary, {}, parts_of(method, model)
-    module, Model = MODELS[method]
-    args = module.Args(**summary["args"])
-    torch.manual_seed(args.seed)
-    model = Model(args, 32) if method == "mae" else Model(args)
-    model = model.to(memory_format=torch.channels_last)
-    before = parts_of(method, copy.deepcopy(model))
-    if (folder / "checkpoint.pt").exists():
-        content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(content["model"])
-    else:  # of simclr.py, with labels in the place of pretraining
-        model.encoder.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
-    return summary, before, parts_of(method, model)
+    _, _, before, after = models(folder)
+    return summary, parts_of(method, before), parts_of(method, after)
 
 
 # === Table ========================================================================================

@@ -1,6 +1,7 @@
 """What results/ asks of finished runs beside the factors: attention and masks, label sets, and the
 bound on mutual information."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,10 @@ from conftest import SHAPES
 import clip
 import common
 import dino
-from results import attention, factors, infonce, zero_shot
+import mae
+import rotnet
+from relatives import inpainting
+from results import attention, factors, infonce, pictures, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +186,72 @@ def test_a_folder_without_a_run_of_clip_is_one_line(few, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         zero_shot.main([str(tmp_path)])
     assert "must be the folder of a trained run of clip.py" in capsys.readouterr().err
+
+
+# ==================================================================================================
+# Pictures
+# ==================================================================================================
+def run_of(folder, module, model, args):
+    folder.mkdir()
+    torch.save({"model": model.state_dict()}, folder / "checkpoint.pt")
+    content = {"method": module.__name__.split(".")[-1], "args": dataclasses.asdict(args)}
+    (folder / "summary.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.fixture
+def sheet(tmp_path, monkeypatch):
+    """A function: {title: images} that pictures.py draws of run folders."""
+    sheets = []
+    monkeypatch.setattr(rotnet, "save_sheet", lambda _, blocks: sheets.append(blocks))
+
+    def drawn(*folders):
+        pictures.main(list(folders))
+        return sheets.pop()
+
+    return drawn
+
+
+def test_a_picture_has_the_reconstructions_of_every_ratio(sheet, tmp_path):
+    folders = []
+    for ratio in (0.25, 0.9):
+        args = mae.parse_args(["--mask-ratio", str(ratio)])
+        folders.append(run_of(tmp_path / f"{ratio}", mae, mae.build_mae(args, 32), args))
+    blocks = sheet(*folders)
+    assert list(blocks) == ["25 % masked", "90 % masked", "as it is"]
+    few, many, (whole) = blocks.values()
+    assert few.shape == many.shape == (5, 2, 3, 32, 32)
+    assert whole.shape == (5, 1, 3, 32, 32)
+    visible = [(images[:, 0] == whole[:, 0]).float().mean() for images in (few, many)]
+    assert visible[0] == pytest.approx(0.75, abs=0.02)
+    assert visible[1] == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_picture_has_the_same_holes_filled_by_every_run(sheet, tmp_path):
+    folders = []
+    for weight in ("0", "1"):
+        args = rotnet.parse_args(["--adversarial", weight], inpainting.Args)
+        model = inpainting.ContextEncoder(args)
+        folders.append(run_of(tmp_path / weight, inpainting, model, args))
+    blocks = sheet(*folders)
+    assert list(blocks) == ["with a hole", "no adversary", "weight 1", "as it is"]
+    hole, one, other, whole = blocks.values()
+    outside = hole == whole
+    assert outside.float().mean() == pytest.approx(0.75, abs=0.01)
+    for filled in (one, other):
+        assert torch.allclose(filled[outside], whole[outside], atol=1e-5)
+        assert (filled - whole)[~outside].abs().mean() > 0.05
+
+
+def test_pictures_of_different_methods_are_refused(sheet, tmp_path, capsys):
+    args = mae.parse_args([])
+    folder = run_of(tmp_path / "mae", mae, mae.build_mae(args, 32), args)
+    own = rotnet.parse_args([], inpainting.Args)
+    other = run_of(tmp_path / "inpainting", inpainting, inpainting.ContextEncoder(own), own)
+    for folders, reason in (
+        ([folder, other], "all runs must be of mae.py"),
+        ([str(tmp_path / "none")], "none: is not the folder of a finished run"),
+    ):
+        with pytest.raises(SystemExit):
+            sheet(*folders)
+        assert reason in capsys.readouterr().err

@@ -7,6 +7,7 @@ of this file, which yields its header and then its rows. All else on the pages i
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -35,6 +36,11 @@ def percent(*values):
     return " → ".join(f"{100 * value:.1f}" for value in values) + " %"
 
 
+def mean(values):
+    """Fractions -> their mean, as text."""
+    return percent(statistics.mean(values))
+
+
 def spread(values):
     """Fractions -> their mean and standard deviation."""
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f} %"
@@ -43,6 +49,12 @@ def spread(values):
 def spread_of(row, key):
     """The same of a row of a record of ablation.py."""
     return spread([run[key] for run in row["runs"]])
+
+
+def gain_of(row):
+    """Linear probe of a row of a record of ablation.py, untrained → trained, means of the seeds."""
+    keys = "untrained_linear_probe", "linear_probe"
+    return percent(*[statistics.mean([run[key] for run in row["runs"]]) for key in keys])
 
 
 def cell(factor, value):
@@ -145,6 +157,374 @@ def results():
     yield "CLIP, recall@10", f"`{record['command']}`", recall, "", minutes(record), "2 CPU cores"
 
 
+# === results/README.md, the lecture's claims ======================================================
+def runs_of(table, row, key):
+    """All seeds of a row of a record of ablation.py."""
+    return [run[key] for run in RECORDS[table]["rows"][row]["runs"]]
+
+
+def factor(run, part, name):
+    """The mean of the seeds of a network in results/factors.json."""
+    return statistics.mean(factor_scores(RECORDS["factors"], run, part, name))
+
+
+def trained(name, key="linear_probe"):
+    return RECORDS[name]["trained"][key]
+
+
+def pair(name, key="linear_probe"):
+    """Untrained → trained of a record."""
+    return change(key, RECORDS[name])
+
+
+def verdict(on_shapes, on_cifar10=None):
+    """Whether a claim comes out: yes or no, and if the two differ, of both."""
+    words = ["yes" if agrees else "no" for agrees in (on_shapes, on_cifar10) if agrees is not None]
+    if len(set(words)) == 1:
+        return words[0]
+    return f"{words[0]}; CIFAR-10 {words[1]}"
+
+
+def claims():
+    yield "the lecture", "on shapes", "on CIFAR-10", "agrees", "remark"
+    yield from claims_about_learning()
+    yield from claims_about_pretext_tasks()
+    yield from claims_about_contrast()
+    yield from claims_about_distillation_and_masks()
+    yield from claims_about_captions()
+
+
+def claims_about_learning():
+    simclr = [record["trained"]["linear_probe"] for record in seeds("simclr")]
+    floor = [record["untrained"]["linear_probe"] for record in seeds("simclr")]
+    yield (
+        "pretraining without labels helps the task that follows",
+        f"SimCLR, linear probe {change('linear_probe', *seeds('simclr'))}",
+        pair("simclr-cifar10-seed0"),
+        verdict(min(simclr) > max(floor), True),
+        "every method with every seed, but for two relatives",
+    )
+    supervised = "simclr-jitter-strength-0-gray-0-projection-none-labels"
+    light = "light, up-down"
+    ours = factor("simclr-shapes", "h", light)
+    theirs = factor(supervised, "h", light)
+    kinds = mean(runs_of("simclr-supervised", 0, "linear_probe"))
+    yield (
+        "a label holds few bits, and supervised features leave out the rest",
+        f"direction of the light, R²: SimCLR {ours:.2f}, supervised {theirs:.2f} (kind {kinds})",
+        "",
+        verdict(ours > theirs),
+        "what a label needs stays: size, place",
+    )
+    color = factor("mae-shapes", "patch tokens", "its color")
+    kind = factor("mae-shapes", "patch tokens", "kind of thing")
+    yield (
+        "reconstruction does not favor what is shown",
+        f"MAE: color {100 * color:.0f} %, kind {100 * kind:.0f} %",
+        "",
+        verdict(color > kind),
+        "pixels are color first",
+    )
+
+
+def claims_about_pretext_tasks():
+    tilt = [factor("rotnet-shapes", "block 2", "tilt"), factor("simclr-shapes", "h", "tilt")]
+    yield (
+        "the pretext task decides what is learned",
+        f"tilt, R²: RotNet {tilt[0]:.2f}, SimCLR {tilt[1]:.2f}",
+        "",
+        verdict(tilt[0] > tilt[1]),
+        "see the table of factors",
+    )
+    upright, any_angle = [runs_of("rotnet-any-angle", row, "rotation") for row in (0, 1)]
+    yield (
+        "rotations can be predicted of things with an upright only",
+        f"rotations: upright {mean(upright)}, at any angle {mean(any_angle)}",
+        "",
+        verdict(min(upright) > 0.9 and max(any_angle) < 0.3),
+        "so one has to know one's images",
+    )
+    early = [record["trained"]["linear_probe"] for record in seeds("rotnet")]
+    contrastive = [record["trained"]["linear_probe"] for record in seeds("simclr")]
+    turned = [mean(runs_of(f"{m}-any-angle", 1, "linear_probe")) for m in ("rotnet", "simclr")]
+    photographs = [f"{method}-cifar10-small-seed0" for method in ("rotnet", "simclr")]
+    yield (
+        "early pretext tasks are below contrastive methods",
+        f"RotNet {mean(early)}, SimCLR {mean(contrastive)}",
+        f"{mean([trained(photographs[0])])}, {mean([trained(photographs[1])])}",
+        verdict(max(early) < min(contrastive), trained(photographs[0]) < trained(photographs[1])),
+        f"shapes stand upright; turned by any angle: {turned[0]}, {turned[1]}",
+    )
+    patches = "relative_patch-shapes-seed0"
+    yield (
+        "jigsaw puzzles teach more than relative patches",
+        f"{pair('jigsaw-shapes-seed0')}, {pair(patches)}",
+        "",
+        verdict(trained("jigsaw-shapes-seed0") > trained(patches)),
+        "but over their own untrained encoders patches gain more; one seed",
+    )
+    by_kind = "untrained_linear_probe", "linear_probe"
+    random, typical = [[runs_of("colorization-colors", row, k) for k in by_kind] for row in (0, 1)]
+    means = [percent(*[statistics.mean(values) for values in case]) for case in (random, typical)]
+    cifar10 = "colorization-cifar10-small-seed0"
+    gain = RECORDS[cifar10]["untrained"]["linear_probe"] < trained(cifar10)
+    yield (
+        "colorization teaches more than random weights know",
+        means[0],
+        pair(cifar10),
+        verdict(statistics.mean(random[0]) < statistics.mean(random[1]), gain),
+        f"colors of shapes are random; with the color of their kind in seven of ten: {means[1]}",
+    )
+    gaps, none = "relative_patch-cifar10-small-seed0", "relative_patch-cifar10-small-shortcuts"
+    found = [percent(RECORDS[name]["pretext_task"]["position"]) for name in (gaps, none)]
+    yield (
+        "shortcuts solve the task and teach nothing",
+        "",
+        f"without gaps: positions {found[0]} → {found[1]}, probe {pair(none)}",
+        verdict(trained(none) < trained(gaps)),
+        "shapes have few lines from patch to patch",
+    )
+    sharp = [
+        RECORDS[f"inpainting-shapes-{name}"]["pretext_task"]["sharpness"]
+        for name in ("no-adversary", "adversary-1")
+    ]
+    yield (
+        "an adversary sharpens what the mean squared error blurs",
+        f"sharpness {sharp[0]:.2f} → {sharp[1]:.2f}",
+        "",
+        verdict(sharp[1] > sharp[0] + 0.05),
+        "at weight 1; at the paper's 0.001 nothing changes",
+    )
+    lines = RECORDS["rotnet-shapes-labels"]["semi_supervised"]
+    few, many = lines[0], lines[-1]
+    yield (
+        "RotNet's frozen blocks win with few labels, and lose with many",
+        f"{few['labels']} labels: {percent(few['frozen'])}, from scratch "
+        f"{percent(few['from_scratch'])}; {many['labels']:,}: {percent(many['frozen'])}, "
+        f"{percent(many['from_scratch'])}",
+        "",
+        verdict(few["frozen"] > few["from_scratch"] and many["frozen"] < many["from_scratch"]),
+        "",
+    )
+
+
+def claims_about_contrast():
+    rows = RECORDS["infonce"]["rows"]
+    small = next(row for row in rows if (row["information"], row["N"]) == (2, 1024))
+    large = next(row for row in rows if (row["information"], row["N"]) == (8, 64))
+    yield (
+        "log N - InfoNCE bounds mutual information from below",
+        f"I = 2 nats: {small['bound']:.2f} at N = 1,024; I = 8: {large['bound']:.2f} at N = 64, "
+        f"where log N is {math.log(64):.2f}",
+        "",
+        verdict(all(row["bound"] < row["information"] + 0.1 for row in rows)),
+        "Gaussians, of which the information is known",
+    )
+    one, most = [runs_of("simclr-negatives", row, "linear_probe") for row in (0, 3)]
+    some = runs_of("simclr-negatives", 2, "linear_probe")
+    yield (
+        "many negatives help",
+        f"of one batch: 1 {mean(one)}, 31 {mean(some)}, all 126 {mean(most)}",
+        "",
+        verdict(min(most) > max(one)),
+        "up to some thirty; there are ten kinds of thing only",
+    )
+    plain, both = [runs_of("simclr-views", row, "linear_probe") for row in (0, 3)]
+    uncropped = runs_of("simclr-views", 4, "linear_probe")
+    yield (
+        "crops need color distortion, or color alone tells images apart",
+        f"crop and flip {mean(plain)}, with jitter and gray {mean(both)}",
+        "",
+        verdict(min(both) > max(plain)),
+        f"here color distortion does nearly all: without crops {mean(uncropped)}",
+    )
+    sides = [factor("simclr-shapes", part, "place, left-right") for part in "hz"]
+    heights = [factor("simclr-shapes", part, "place, up-down") for part in "hz"]
+    yield (
+        "z is invariant to what the views change, h keeps more of it",
+        f"place, R² in h and z: left-right, which flips destroy, {sides[0]:.2f} and "
+        f"{sides[1]:.2f}; up-down {heights[0]:.2f} and {heights[1]:.2f}",
+        "",
+        verdict(sides[0] > sides[1] + 0.2),
+        "color as well: see the table of factors",
+    )
+    head = [runs_of("simclr-head", row, "linear_probe") for row in (0, 1, 2)]
+    color = [factor("simclr-projection-none", "h", "its color")]
+    color.append(factor("simclr-shapes", "h", "its color"))
+    yield (
+        "a nonlinear head makes h better than a linear one, or none",
+        f"kind: none {mean(head[0])}, linear {mean(head[1])}, mlp {mean(head[2])}",
+        "not yet",
+        verdict(statistics.mean(head[2]) > max(map(statistics.mean, head[:2]))),
+        f"kind is what views keep; of what they change h keeps more with a head: color "
+        f"{percent(color[1])}, without {percent(color[0])}",
+    )
+    ours = seeds("simclr")
+    h, z = [[record["trained"][key] for record in ours] for key in ("knn", "knn_z")]
+    gpu = RECORDS["simclr-cifar10-seed0"]["trained"]
+    yield (
+        "h is better than z",
+        f"kNN {mean(h)} and {mean(z)}; linear probes are equal",
+        f"kNN {percent(gpu['knn'])} and {percent(gpu['knn_z'])}, linear probe "
+        f"{percent(gpu['linear_probe'])} and {percent(gpu['linear_probe_z'])}",
+        verdict(min(h) > max(z), gpu["knn"] > gpu["knn_z"]),
+        "in z the kind is nearly all that is left",
+    )
+    v1, mlp, aug = [runs_of("moco-ablation", row, "linear_probe") for row in (0, 1, 2)]
+    yield (
+        "MoCo: an MLP head is better",
+        f"{mean(v1)} → {mean(mlp)}",
+        "not yet",
+        verdict(statistics.mean(mlp) > statistics.mean(v1)),
+        "† with the paper's temperature of each head; as for SimCLR, the kind needs none",
+    )
+    yield (
+        "MoCo: stronger augmentation is better",
+        f"{mean(v1)} → {mean(aug)}",
+        "not yet",
+        verdict(statistics.mean(aug) > statistics.mean(v1)),
+        "† color distortion, which matters, is in both; what is added is blur",
+    )
+    moco = [record["trained"]["linear_probe"] for record in seeds("moco")]
+    simclr = [record["trained"]["linear_probe"] for record in ours]
+    small = [f"{method}-cifar10-small-seed0" for method in ("moco", "simclr")]
+    yield (
+        "MoCo v2 is better than SimCLR at the same small batch",
+        f"N = 64: {mean(moco)}, SimCLR {mean(simclr)}",
+        f"N = 128: {percent(trained(small[0]))}, {percent(trained(small[1]))}",
+        verdict(min(moco) > max(simclr), trained(small[0]) > trained(small[1])),
+        "at this number of steps in-batch negatives are enough",
+    )
+    memory = {}
+    rate = {}
+    for row in RECORDS["benchmark-memory-cpu"]["rows"]:
+        if row["batch_size"] == 1024 and row.get("bn_groups", 1) == 1:
+            memory[row["method"]] = row["gb"]
+            rate[row["method"]] = row["images_per_second"]
+    yield (
+        "MoCo needs less memory",
+        "",
+        f"N = 1,024: {memory['moco']:.2f} GB, SimCLR {memory['simclr']:.2f} GB",
+        verdict(memory["moco"] < memory["simclr"]),
+        "half of the views need no graph",
+    )
+    gpus = [RECORDS[f"{method}-cifar10-seed0"] for method in ("moco", "simclr")]
+    seconds = [record["pretrain_seconds"] for record in gpus]
+    yield (
+        "MoCo takes less time",
+        "",
+        f"CPU {rate['moco']:,.0f} images/s, SimCLR {rate['simclr']:,.0f}; H200 {seconds[0]:.0f} s, "
+        f"{seconds[1]:.0f} s",
+        f"CPU {verdict(rate['moco'] > rate['simclr'])}, H200 {verdict(seconds[0] < seconds[1])}",
+        "less arithmetic; why it takes longer on a GPU is open",
+    )
+    rows = RECORDS["simclr-shapes-labels"]["semi_supervised"]
+    cifar10 = RECORDS["simclr-cifar10-small-labels"]["semi_supervised"]
+
+    def against_scratch(row):
+        return f"{percent(row['fine_tuned'])}, from scratch {percent(row['from_scratch'])}"
+
+    def wins(rows):
+        return all(row["fine_tuned"] > row["from_scratch"] for row in rows)
+
+    yield (
+        "fine-tuned with 1 % and 10 % of the labels, pretraining wins",
+        "; ".join(against_scratch(row) for row in rows),
+        "; ".join(against_scratch(row) for row in cifar10),
+        verdict(wins(rows), wins(cifar10)),
+        "the views of pretraining, which both sides have, carry what it teaches",
+    )
+
+
+def claims_about_distillation_and_masks():
+    runs = RECORDS["dino-attention"]["runs"]
+    before, after = [
+        statistics.mean(run[key]["iou_of_the_chosen"] for run in runs)
+        for key in ("untrained", "trained")
+    ]
+    mean_mask = RECORDS["dino-attention"]["guess"]["mean_mask"]
+    yield (
+        "DINO's heads segment objects",
+        f"intersection over union: untrained {before:.2f}, trained {after:.2f}; the mean mask, "
+        f"which sees no image, {mean_mask:.2f}",
+        "",
+        verdict(after > max(before, mean_mask)),
+        "better than untrained with every seed, than a guess in the middle with one of three",
+    )
+    collapsed = [trained(f"dino-shapes-no-{k}", PROBE["dino"]) for k in ("centering", "sharpening")]
+    yield (
+        "DINO collapses without centering, and without sharpening",
+        f"{percent(trained('dino-shapes-seed0', PROBE['dino']))}; without: "
+        f"{percent(collapsed[0])}, {percent(collapsed[1])}",
+        "",
+        verdict(max(collapsed) < trained("dino-shapes-seed0", PROBE["dino"]) - 0.1),
+        "",
+    )
+    without = trained("simsiam-shapes-no-predictor"), trained("simsiam-shapes-no-stop-gradient")
+    yield (
+        "SimSiam needs its predictor and its stop-gradient",
+        f"{percent(trained('simsiam-shapes-seed0'))}; without: {percent(without[0])}, "
+        f"{percent(without[1])}",
+        "",
+        verdict(max(without) < trained("simsiam-shapes-seed0") - 0.1),
+        "",
+    )
+    masked = [statistics.mean(runs_of("mae-mask-token", row, "linear_probe")) for row in (0, 1)]
+    yield (
+        "MAE: no mask tokens in the encoder",
+        f"linear probe with {percent(masked[0])}, without {percent(masked[1])}",
+        "",
+        verdict(masked[1] > masked[0]),
+        "and less than half of the time",
+    )
+    ratios = [statistics.mean(runs_of("mae-mask-ratio", row, "linear_probe")) for row in range(4)]
+    yield (
+        "MAE: masking 75 % is best",
+        "linear probe at 25, 50, 75, 90 %: " + ", ".join(percent(value) for value in ratios),
+        "",
+        verdict(max(ratios) == ratios[2]),
+        "",
+    )
+    plain, normalized = [runs_of("mae-target", row, "linear_probe") for row in (0, 1)]
+    tuned = [statistics.mean(runs_of("mae-target", row, "fine_tuned")) for row in (0, 1)]
+    yield (
+        "MAE: pixels normalized within a patch are better",
+        f"linear probe {mean(plain)} → {mean(normalized)}, fine-tuned {percent(*tuned)}",
+        "not yet",
+        verdict(statistics.mean(normalized) > statistics.mean(plain)),
+        "patches of shapes are flat or an outline, and the outline is what is lost",
+    )
+
+
+def claims_about_captions():
+    clip = RECORDS["clip-shapes-seed0"]["trained"]
+    yield (
+        "zero-shot matches probes with few labels",
+        f"{percent(clip['zero_shot'])}; 16 labels per class "
+        f"{percent(clip['linear_probe_16_per_class'])}",
+        "",
+        verdict(clip["zero_shot"] > clip["linear_probe_4_per_class"]),
+        "captions name the kind, so the text is the label",
+    )
+    rows = [statistics.mean(runs_of("clip-captions", row, "zero_shot")) for row in range(4)]
+    yield (
+        "... and needs no labels",
+        "captions that name the kind in 5, 20, 50, 100 %: "
+        + ", ".join(percent(value) for value in rows),
+        "",
+        verdict(rows[0] > 0.2),
+        "no further ones: what no caption names cannot be asked for",
+    )
+    unseen = [record["trained"]["zero_shot_unseen"] for record in seeds("clip")]
+    yield (
+        "open vocabulary: categories that were never seen",
+        f"pairs of kind and color never seen: {mean(unseen)}",
+        "",
+        verdict(min(unseen) > 0.5),
+        "both words were seen, in other pairs",
+    )
+
+
 # === results/README.md ============================================================================
 def demos():
     yield "method", "measure", "seed 0", "seed 1", "seed 2"
@@ -155,13 +535,35 @@ def demos():
                 yield title, name, *cells
 
 
-def projection_head():
-    yield "head", "linear probe on h", "on z", "kNN on h", "on z"
-    names = {"none": "projection-none", "linear": "projection-linear", "mlp": "seed0"}
-    for head, name in names.items():
-        trained = RECORDS[f"simclr-shapes-{name}"]["trained"]
+def factors():
+    yield "network", *RECORDS["factors"]["chance"]
+    for title, scores in factor_means(RECORDS["factors"]).items():
+        yield title, *[cell(factor, value) for factor, value in scores.items()]
+
+
+def simclr_head():
+    yield "head", "kind: linear probe on h", "on z", "kNN on h", "on z", "color: on h", "on z"
+    names = {"none": "projection-none", "linear": "projection-linear", "mlp": "shapes"}
+    for row in RECORDS["simclr-head"]["rows"]:
         keys = ("linear_probe", "linear_probe_z", "knn", "knn_z")
-        yield head, *[percent(trained[key]) if key in trained else "" for key in keys]
+        kinds = [spread_of(row, key) if key in row["runs"][0] else "" for key in keys]
+        run = f"simclr-{names[row['case']]}"
+        colors = [factor_scores(RECORDS["factors"], run, part, "its color") for part in "hz"]
+        yield row["case"], *kinds, *[spread(values) if values else "" for values in colors]
+
+
+def simclr_views():
+    yield "views", "linear probe: kind", "kNN: kind", "linear probe: color"
+    names = ("jitter-strength-0-gray-0", "gray-0", "jitter-strength-0", "shapes", "crop-1")
+    for row, name in zip(RECORDS["simclr-views"]["rows"], names, strict=True):
+        colors = factor_scores(RECORDS["factors"], f"simclr-{name}", "h", "its color")
+        kinds = [spread_of(row, key) for key in ("linear_probe", "knn")]
+        yield row["case"], *kinds, spread(colors)
+
+
+def simclr_negatives():
+    yield "negatives", "linear probe", "kNN"
+    yield from ablation("simclr-negatives", "linear_probe", "knn")
 
 
 def few_labels():
@@ -188,6 +590,14 @@ def rotnet_rotations():
     yield "rotations", *[percent(r["pretext_task"]["rotation"]) for r in seeds("rotnet")]
 
 
+def any_angle():
+    yield "shapes", "rotations predicted", "linear probe: RotNet", "SimCLR"
+    rotnet = RECORDS["rotnet-any-angle"]["rows"]
+    simclr = RECORDS["simclr-any-angle"]["rows"]
+    for one, other in zip(rotnet, simclr, strict=True):
+        yield one["case"], spread_of(one, "rotation"), gain_of(one), gain_of(other)
+
+
 def rotnet_labels():
     yield "labels", "on pretrained, frozen blocks", "the same network from scratch"
     for line in RECORDS["rotnet-shapes-labels"]["semi_supervised"]:
@@ -212,10 +622,13 @@ def moco_versions():
     yield from ablation("moco-ablation", "linear_probe", "knn")
 
 
-def moco_queue():
-    yield "queue size K", "memory"
-    for size, peak in RECORDS["benchmark-queue-cpu"]["peak_memory_gb"].items():
-        yield f"{int(size):,}", f"{peak:.2f} GB"
+def memory():
+    yield "method", "batch N", "queue K", "batch-norm groups", "memory", "speed"
+    for row in RECORDS["benchmark-memory-cpu"]["rows"]:
+        queue = f"{row['queue_size']:,}" if "queue_size" in row else ""
+        sizes = f"{row['batch_size']:,}", queue, f"{row.get('bn_groups', '')}"
+        rate = f"{row['images_per_second']:,.0f} images/s"
+        yield TITLES[row["method"]], *sizes, f"{row['gb']:.2f} GB", rate
 
 
 def mae_probes():
@@ -270,6 +683,26 @@ def dino_collapse():
         yield title, *terms, *scores("dino", record)
 
 
+def dino_attention():
+    yield "intersection over union", "seed 0", "seed 1", "seed 2"
+    record = RECORDS["dino-attention"]
+    for key in ("untrained", "trained"):
+        for head in range(3):
+            cells = []
+            for run in record["runs"]:
+                same = run[key]["iou_of_heads"][head]
+                opposite = run[key]["iou_of_their_opposites"][head]
+                cells.append(f"{same:.2f}, {opposite:.2f}")
+            yield f"{key}, head {1 + head}, and its opposite", *cells
+        yield (
+            f"{key}, the chosen one",
+            *[f"{r[key]['iou_of_the_chosen']:.2f}" for r in record["runs"]],
+        )
+    guess = record["guess"]
+    yield "the mean mask", *[f"{guess['mean_mask']:.2f}"] * 3
+    yield "all of the image", *[f"{guess['all_of_the_image']:.2f}"] * 3
+
+
 def dino_class_token():
     yield "measure", "seed 0", "seed 1", "seed 2"
     names = {"class token, linear probe": "linear_probe", "class token, kNN of the paper": "knn_20"}
@@ -281,6 +714,21 @@ def clip_zero_shot():
     yield "seed", "all test images", "unseen pairs"
     for seed, record in enumerate(seeds("clip")):
         yield f"{seed}", change("zero_shot", record), change("zero_shot_unseen", record)
+
+
+def clip_questions():
+    yield "question", "chance", "seed 0", "seed 1", "seed 2"
+    record = RECORDS["clip-zero-shot"]
+    for question, chance in record["chance"].items():
+        cells = [percent(run["accuracy"][question]) for run in record["runs"]]
+        yield question, percent(chance), *cells
+
+
+def clip_captions():
+    yield "captions that name the kind", "zero-shot", "linear probe"
+    for row in RECORDS["clip-captions"]["rows"]:
+        (run,) = row["runs"]
+        yield row["case"], percent(run["zero_shot"]), percent(run["linear_probe"])
 
 
 def clip_few_shot():
@@ -362,9 +810,10 @@ def relative_patches():
 
 
 def colorization():
-    yield "data", "linear probe", "kNN"
-    yield "shapes", *scores("", RECORDS["colorization-shapes-seed0"])
-    yield "CIFAR-10", *scores("", RECORDS["colorization-cifar10-small-seed0"])
+    yield "data", "linear probe"
+    for row in RECORDS["colorization-colors"]["rows"]:
+        yield f"shapes, {row['case']}", gain_of(row)
+    yield "CIFAR-10", pair("colorization-cifar10-small-seed0")
 
 
 def inpainting():
@@ -393,10 +842,11 @@ def speed():
 TABLES = {
     function.__name__: function
     for function in (
-        results, demos, projection_head, few_labels, rotnet_blocks, rotnet_rotations,
-        rotnet_labels, moco_versions, moco_queue, mae_probes, mae_fine_tuned, mae_mask_token,
-        mae_speed, mae_mask_ratio, mae_target, dino_collapse, dino_class_token, clip_zero_shot,
-        clip_few_shot, clip_flickr8k, clip_split, all_methods, without_negatives,
+        results, claims, factors, demos, simclr_head, simclr_views, simclr_negatives, few_labels,
+        rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, memory,
+        mae_probes, mae_fine_tuned, mae_mask_token, mae_speed, mae_mask_ratio, mae_target,
+        dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
+        clip_captions, clip_few_shot, clip_flickr8k, clip_split, all_methods, without_negatives,
         relative_patches, colorization, inpainting, speed,
     )
 }  # fmt: skip

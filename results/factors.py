@@ -233,6 +233,19 @@ def measure(folders):
     return {"chance": {name: chance(test_y) for name, _, _, _, test_y in rows}, "rows": table}
 
 
+def check(parser, args, methods):
+    """Ends with one line if a folder has no finished run of these methods, or a record no place."""
+    for folder in args.runs:
+        path = folder / "summary.json"
+        if not path.is_file():
+            parser.error(f"{folder}: is not the folder of a finished run")
+        method = json.loads(path.read_text())["method"]
+        if method not in methods:
+            parser.error(f"{folder}: is a run of {method}.py, not of {', '.join(methods)}")
+    if args.record and not args.record.parent.is_dir():
+        parser.error(f"--record {args.record}: there is no such folder")
+
+
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -241,11 +254,7 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on shapes")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
-    for folder in args.runs:
-        if not (folder / "summary.json").is_file():
-            parser.error(f"{folder}: is not the folder of a finished run")
-    if args.record and not args.record.parent.is_dir():
-        parser.error(f"--record {args.record}: there is no such folder")
+    check(parser, args, [*MODELS, "clip"])
     about = {"command": shlex.join(["python", *sys.argv]), "commit": commit_of_the_code()}
     about |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu"}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}

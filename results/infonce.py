@@ -55,6 +55,8 @@ def main(argv=None):
     )
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
+    if args.record and not args.record.parent.is_dir():
+        parser.error(f"--record {args.record}: there is no such folder")
     generator = torch.Generator().manual_seed(0)
     rows = []
     for information in INFORMATION:

@@ -82,6 +82,7 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of clip.py on shapes")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
+    factors.check(parser, args, ["clip"])
     _, (scenes, images) = factors.draw()
     content = {"command": shlex.join(["python", *sys.argv]), "commit": commit_of_the_code()}
     content |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu", "torch": torch.__version__}
@@ -91,10 +92,7 @@ def main(argv=None):
         content["chance"][name] = right.shape[1] / len(prompts)
     content["runs"] = []
     for folder in args.runs:
-        try:
-            model, tokenizer, own = clip.load_run(folder)
-        except common.UserError as error:
-            parser.error(f"{error}")
+        model, tokenizer, own = clip.load_run(folder)
         x = clip.embed_images(model, images)
         scores = {name: accuracy(model, tokenizer, x, *parts) for name, parts in asked.items()}
         content["runs"].append({"command": own.command, "seed": own.seed, "accuracy": scores})

@@ -226,12 +226,15 @@ def test_the_record_has_a_row_of_each_part_and_one_untrained(run_of, tmp_path, m
     ("words", "reason"),
     [
         (["nowhere"], "nowhere: is not the folder"),
+        (["mine"], "mine: is a run of vicreg.py, not of simclr"),
         ([".", "--record", "no/x.json"], "no such folder"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, words, reason):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "summary.json").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/summary.json").write_text('{"method": "vicreg"}')
+    (tmp_path / "summary.json").write_text('{"method": "clip"}')
     with pytest.raises(SystemExit):
         factors.main(words)
     assert reason in capsys.readouterr().err.splitlines()[-1]

@@ -119,6 +119,7 @@ def test_runs_before_and_after_training_are_in_the_record(few, tmp_path, monkeyp
     summary = {"command": "python dino.py", "args": {"seed": 3}}
     parts = {"all tokens": Looks()}
     monkeypatch.setattr(factors, "networks", lambda _: (summary, parts, parts))
+    monkeypatch.setattr(factors, "check", lambda *_: None)
     attention.main(["run", "--record", str(tmp_path / "attention.json")])
     (run,) = json.loads((tmp_path / "attention.json").read_text())["runs"]
     assert (run["command"], run["seed"]) == ("python dino.py", 3)
@@ -172,6 +173,7 @@ def test_a_run_is_asked_all_questions(few, tmp_path, monkeypatch):
     model = clip.CLIP(args, 4 + len(tokenizer.words)).eval()
     monkeypatch.setattr(factors, "draw", lambda: few)
     monkeypatch.setattr(clip, "load_run", lambda _: (model, tokenizer, args))
+    monkeypatch.setattr(factors, "check", lambda *_: None)
     zero_shot.main(["run", "--record", str(tmp_path / "zero-shot.json")])
     record = json.loads((tmp_path / "zero-shot.json").read_text())
     (run,) = record["runs"]
@@ -181,11 +183,18 @@ def test_a_run_is_asked_all_questions(few, tmp_path, monkeypatch):
     assert all(0 <= value <= 1 for value in run["accuracy"].values())
 
 
-def test_a_folder_without_a_run_of_clip_is_one_line(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(factors, "draw", lambda: few)
+@pytest.mark.parametrize("program", [attention, zero_shot])
+def test_a_folder_without_a_run_of_the_method_is_one_line(tmp_path, capsys, program):
+    (tmp_path / "summary.json").write_text('{"method": "mae"}')
     with pytest.raises(SystemExit):
-        zero_shot.main([str(tmp_path)])
-    assert "must be the folder of a trained run of clip.py" in capsys.readouterr().err
+        program.main([str(tmp_path)])
+    assert ": is a run of mae.py, not of " in capsys.readouterr().err
+
+
+def test_a_record_without_a_place_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        infonce.main(["--record", "nowhere/infonce.json"])
+    assert "--record nowhere/infonce.json: there is no such folder" in capsys.readouterr().err
 
 
 # ==================================================================================================

@@ -233,17 +233,17 @@ def measure(folders):
     return {"chance": {name: chance(test_y) for name, _, _, _, test_y in rows}, "rows": table}
 
 
-def check(parser, args, methods):
+def check(parser, folders, methods, record=None):
     """Ends with one line if a folder has no finished run of these methods, or a record no place."""
-    for folder in args.runs:
+    for folder in folders:
         path = folder / "summary.json"
         if not path.is_file():
             parser.error(f"{folder}: is not the folder of a finished run")
         method = json.loads(path.read_text())["method"]
         if method not in methods:
             parser.error(f"{folder}: is a run of {method}.py, not of {', '.join(methods)}")
-    if args.record and not args.record.parent.is_dir():
-        parser.error(f"--record {args.record}: there is no such folder")
+    if record and not record.parent.is_dir():
+        parser.error(f"--record {record}: there is no such folder")
 
 
 def main(argv=None):
@@ -254,7 +254,7 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on shapes")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
-    check(parser, args, [*MODELS, "clip"])
+    check(parser, args.runs, [*MODELS, "clip"], args.record)
     about = {"command": shlex.join(["python", *sys.argv]), "commit": commit_of_the_code()}
     about |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu"}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -57,15 +57,14 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on shapes")
     parser.add_argument("-o", "--out", type=Path, default=Path("pictures.png"))
     args = parser.parse_args(argv)
+    factors.check(parser, args.runs, list(FIGURES))
     runs = []
     methods = set()
     for folder in args.runs:
-        if not (folder / "summary.json").is_file():
-            parser.error(f"{folder}: is not the folder of a finished run")
         summary, own, _, model = factors.models(folder)
         methods.add(summary["method"])
         runs.append((own, model))
-    if len(methods) > 1 or not methods <= FIGURES.keys():
+    if len(methods) > 1:
         parser.error("all runs must be of mae.py, or all of relatives/inpainting.py")
     data = common.load_dataset("shapes")
     with torch.no_grad():

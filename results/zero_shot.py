@@ -82,7 +82,7 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of clip.py on shapes")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
-    factors.check(parser, args, ["clip"])
+    factors.check(parser, args.runs, ["clip"], args.record)
     _, (scenes, images) = factors.draw()
     content = {"command": shlex.join(["python", *sys.argv]), "commit": commit_of_the_code()}
     content |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu", "torch": torch.__version__}

@@ -2,14 +2,13 @@
 
     python results/figures.py runs/simclr-shapes-seed0 results/moco-shapes-seed0.json -o curves.png
     python results/figures.py --labels results/rotnet-shapes-labels.json -o labels.png
-    python results/figures.py --few-shot results/clip-shapes-seed0.json -o few-shot.png
+    python results/figures.py --few-shot results/few-shot.json -o few-shot.png
     python results/figures.py --factors results/factors.json -o factors.png
     python results/figures.py --bound results/infonce.json -o infonce.png
 
 A run is a folder, finished or not, or a record, a summary.json. --labels draws the lecture's
-semi-supervised figure from runs with --labels, --few-shot the lecture's zero-shot CLIP against
-few-shot probes; these must be finished. --factors and --bound draw a record of factors.py, and of
-infonce.py.
+semi-supervised figure from finished runs with --labels. --few-shot, --factors and --bound draw a
+record of few_shot.py, of factors.py, and of infonce.py.
 """
 
 import argparse
@@ -24,11 +23,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from results.tables import factor_means  # noqa: E402
+from results.tables import TITLES, factor_means  # noqa: E402
 
 LABELS = {
     "loss": "loss (nats)",
-    "bound": "bound log(negatives + 1) - loss (nats)",
+    "bound": "bound log(negatives + 1) - loss (nats),\ndotted: most it can be",
     "rotation": "rotations predicted correctly, training",
     "position": "positions of patches predicted correctly",
     "permutation": "permutations of tiles predicted correctly",
@@ -63,15 +62,16 @@ def few_labels(summary):
     return summary["semi_supervised"]
 
 
-def few_shot(summary):
-    """A run of clip.py -> rows of the accuracies of few-shot probes, and zero-shot."""
-    trained = summary["trained"]
+def few_shot(record):
+    """A record of few_shot.py -> rows of the accuracies of each method's probes, and zero-shot."""
     rows = []
-    for n in (1, 2, 4, 8, 16):
-        if f"linear_probe_{n}_per_class" in trained:
-            probe = trained[f"linear_probe_{n}_per_class"]
-            row = {"labels per class": n, "linear_probe": probe, "zero_shot": trained["zero_shot"]}
-            rows.append(row)
+    for count in record["rows"][0]["few_shot"]:
+        row = {"labels per class": int(count)}
+        for method in record["rows"]:
+            row[TITLES[method["method"]]] = method["few_shot"][count]
+            if "zero_shot" in method:
+                row[f"{TITLES[method['method']]}, zero-shot"] = method["zero_shot"]
+        rows.append(row)
     return rows
 
 
@@ -107,6 +107,11 @@ def draw_curves(runs, out):
     for panel, key in zip(panels[0], keys, strict=True):
         for name, history in runs.items():
             plot(panel, history, "epoch", key, name, markersize=3)
+            if key == "bound" and key in history[-1]:
+                last = history[-1]
+                ceiling = last["loss"] + last["bound"]  # log(negatives + 1)
+                color = panel.get_lines()[-1].get_color()
+                panel.axhline(ceiling, color=color, linestyle=":")
         panel.set(xlabel="epoch", title=LABELS[key])
     finish(figure, panels[0], out)
 

@@ -372,20 +372,20 @@ def claims_about_contrast():
         verdict(min(h) > max(z), gpu["knn"] > gpu["knn_z"]),
         "in z the kind is nearly all that is left",
     )
-    v1, mlp, aug = [runs_of("moco-ablation", row, "linear_probe") for row in (0, 1, 2)]
+    v1, mlp, aug = [runs_of("moco-versions", row, "linear_probe") for row in (0, 1, 2)]
     yield (
         "MoCo: an MLP head is better",
         f"{mean(v1)} → {mean(mlp)}",
         "not yet",
         verdict(statistics.mean(mlp) > statistics.mean(v1)),
-        "† with the paper's temperature of each head; as for SimCLR, the kind needs none",
+        "as for SimCLR, the kind needs none",
     )
     yield (
         "MoCo: stronger augmentation is better",
         f"{mean(v1)} → {mean(aug)}",
         "not yet",
         verdict(statistics.mean(aug) > statistics.mean(v1)),
-        "† color distortion, which matters, is in both; what is added is blur",
+        "color distortion, which matters, is in both; what is added is blur",
     )
     moco = [record["trained"]["linear_probe"] for record in seeds("moco")]
     simclr = [record["trained"]["linear_probe"] for record in ours]
@@ -621,7 +621,7 @@ MAE_COLUMNS = ("lecture, fine-tuned", "lecture, linear", "fine-tuned", "linear p
 
 def moco_versions():
     yield "version", "lecture", "linear probe", "kNN"
-    yield from ablation("moco-ablation", "linear_probe", "knn")
+    yield from ablation("moco-versions", "linear_probe", "knn")
 
 
 def memory():

@@ -44,6 +44,14 @@ def test_curves_of_a_record(drawn):
     assert knn == ("record", [2, 4, 5], [0.2, 0.4, 0.5])  # and no panel of one value
 
 
+def test_the_bound_is_drawn_below_its_ceiling(tmp_path, monkeypatch):
+    heights = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "axhline", lambda panel, y, **_: heights.append(y))
+    (tmp_path / "record.json").write_text(json.dumps({"history": HISTORY}))
+    figures.main([str(tmp_path / "record.json"), "-o", str(tmp_path / "drawn.png")])
+    assert heights == [5.0]  # the loss of a guess
+
+
 def test_a_folder_is_read_while_it_is_trained(tmp_path):
     lines = "".join(json.dumps(line) + "\n" for line in HISTORY[:2])
     (tmp_path / "metrics.jsonl").write_text(lines)
@@ -64,11 +72,12 @@ def test_the_semi_supervised_figure(drawn):
 
 
 def test_zero_shot_against_few_shot(drawn):
-    trained = {f"linear_probe_{n}_per_class": n / 10 for n in (1, 2, 4)}
-    trained |= {"zero_shot": 0.3, "linear_probe": 0.9}
-    probe, zero_shot = drawn({"trained": trained}, "--few-shot")
-    assert probe == ("linear probe", [1, 2, 4], [0.1, 0.2, 0.4])
-    assert zero_shot == ("zero shot", [1, 2, 4], [0.3, 0.3, 0.3])
+    clip = {"method": "clip", "few_shot": {"1": 0.1, "2": 0.2, "4": 0.4}, "zero_shot": 0.3}
+    simclr = {"method": "simclr", "few_shot": {"1": 0.2, "2": 0.3, "4": 0.5}}
+    ours, zero_shot, theirs = drawn({"rows": [clip, simclr]}, "--few-shot")
+    assert ours == ("CLIP", [1, 2, 4], [0.1, 0.2, 0.4])
+    assert zero_shot == ("CLIP, zero-shot", [1, 2, 4], [0.3, 0.3, 0.3])
+    assert theirs == ("SimCLR", [1, 2, 4], [0.2, 0.3, 0.5])
 
 
 def test_lines_of_two_runs_have_their_names(tmp_path, monkeypatch):
@@ -118,7 +127,7 @@ def test_the_bound_is_drawn_over_the_candidates(tmp_path, drawn):
     ("summary", "words", "reason"),
     [
         ({"semi_supervised": []}, ["--labels"], "record has no accuracies with few labels"),
-        ({"trained": {}}, ["--few-shot"], "record has no accuracies with few labels"),
+        ({}, ["--few-shot"], "'rows'"),
         ({"trained": {}}, ["--labels"], "'semi_supervised'"),
         ({"history": HISTORY[:2]}, [], "fewer than three epochs are logged"),
         ({}, [], "'history'"),

@@ -16,8 +16,9 @@ import common
 import dino
 import mae
 import rotnet
+import simclr
 from relatives import inpainting
-from results import attention, factors, infonce, pictures, zero_shot
+from results import attention, factors, few_shot, infonce, pictures, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_a_run_is_asked_all_questions(few, tmp_path, monkeypatch):
     assert all(0 <= value <= 1 for value in run["accuracy"].values())
 
 
-@pytest.mark.parametrize("program", [attention, zero_shot])
+@pytest.mark.parametrize("program", [attention, few_shot, zero_shot])
 def test_a_folder_without_a_run_of_the_method_is_one_line(tmp_path, capsys, program):
     (tmp_path / "summary.json").write_text('{"method": "mae"}')
     with pytest.raises(SystemExit):
@@ -195,6 +196,47 @@ def test_a_record_without_a_place_is_one_line(capsys):
     with pytest.raises(SystemExit):
         infonce.main(["--record", "nowhere/infonce.json"])
     assert "--record nowhere/infonce.json: there is no such folder" in capsys.readouterr().err
+
+
+# ==================================================================================================
+# Few labels
+# ==================================================================================================
+
+
+def test_few_shot_is_the_mean_of_three_draws_for_each_count(monkeypatch):
+    y = torch.arange(40) % 2
+    h = torch.arange(40.0)[:, None]
+    asked = []
+
+    def probed(h, y, test_h, test_y):
+        asked.append((h[:, 0].long(), y))
+        return len(asked) / 100
+
+    monkeypatch.setattr(simclr, "linear_probe", probed)
+    result = few_shot.few_shot(h, y, h, y)
+    assert result == pytest.approx({1: 0.02, 2: 0.05, 4: 0.08, 8: 0.11, 16: 0.14})
+    for number, (rows, labels) in enumerate(asked):
+        count, seed = few_shot.COUNTS[number // 3], number % 3
+        assert rows.tolist() == common.labelled_rows(y, count, seed).tolist()
+        assert labels.tolist() == (rows % 2).tolist()
+
+
+def test_methods_are_asked_with_the_same_few_labels(few, tmp_path, monkeypatch):
+    args = simclr.parse_args([])
+    folder = tmp_path / "simclr"
+    run_of(folder, simclr, simclr.SimCLR(args), args)
+    content = json.loads((folder / "summary.json").read_text()) | {"trained": {"zero_shot": 0.9}}
+    (folder / "summary.json").write_text(json.dumps(content))
+    monkeypatch.setattr(factors, "draw", lambda: few)
+    monkeypatch.setattr(few_shot, "COUNTS", (1, 2))
+    few_shot.main([str(folder), "--record", str(tmp_path / "few-shot.json")])
+    (row,) = json.loads((tmp_path / "few-shot.json").read_text())["rows"]
+    _, _, trained = factors.networks(folder)
+    (scenes, images), (test_scenes, test_images) = few
+    h, test_h = [simclr.features(trained["h"], x) for x in (images, test_images)]
+    scores = few_shot.few_shot(h, scenes["label"], test_h, test_scenes["label"])
+    assert row["few_shot"] == {str(count): value for count, value in scores.items()}
+    assert (row["method"], row["seed"], row["zero_shot"]) == ("simclr", 0, 0.9)
 
 
 # ==================================================================================================

@@ -119,7 +119,7 @@ def draw_curves(runs, out):
 def draw_labels(runs, out):
     """runs {name: rows, of which the first column is a number of labels} -> accuracies on test over
     that number."""
-    figure, panel = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
     counts = set()
     for name, rows in runs.items():
         if not rows:
@@ -131,6 +131,7 @@ def draw_labels(runs, out):
             title = key.replace("_", " ")
             plot(panel, rows, x, key, title if len(runs) == 1 else f"{name}, {title}")
     panel.set(xscale="log", xlabel=x, ylabel="accuracy on test", ylim=(0, 1.03))
+    panel.set_title("What few labels are enough for", fontsize=11)
     panel.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
     panel.minorticks_off()
     finish(figure, [panel], out)

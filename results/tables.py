@@ -36,13 +36,20 @@ def percent(*values):
     return " → ".join(f"{100 * value:.1f}" for value in values) + " %"
 
 
+def listed(values):
+    """Fractions -> "1.2 %, 3.4 %"."""
+    return ", ".join(percent(value) for value in values)
+
+
 def mean(values):
     """Fractions -> their mean, as text."""
     return percent(statistics.mean(values))
 
 
 def spread(values):
-    """Fractions -> their mean and standard deviation."""
+    """Fractions -> their mean and standard deviation; of one, nothing but itself."""
+    if len(values) == 1:
+        return percent(*values)
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f} %"
 
 
@@ -177,6 +184,9 @@ def pair(name, key="linear_probe"):
     return change(key, RECORDS[name])
 
 
+SMALL_BATCHES = {8: 0, 32: 1}  # N: its row; MoCo has two, of one batch-norm group and of two
+
+
 def verdict(on_shapes, on_cifar10=None):
     """Whether a claim comes out: yes or no, and if the two differ, of both."""
     words = ["yes" if agrees else "no" for agrees in (on_shapes, on_cifar10) if agrees is not None]
@@ -218,14 +228,22 @@ def claims_about_learning():
         verdict(ours > theirs),
         "what a label needs stays: size, place",
     )
-    color = factor("mae-shapes", "patch tokens", "its color")
-    kind = factor("mae-shapes", "patch tokens", "kind of thing")
+    color, kind = [
+        (
+            factor("untrained ViT", "patch tokens", name),
+            factor("mae-shapes", "patch tokens", name),
+            factor("untrained ResNet", "h", name),
+            factor("simclr-shapes", "h", name),
+        )
+        for name in ("its color", "kind of thing")
+    ]
     yield (
         "reconstruction does not favor what is shown",
-        f"MAE: color {100 * color:.0f} %, kind {100 * kind:.0f} %",
+        f"MAE: color {percent(*color[:2])}, kind {percent(*kind[:2])}; SimCLR: color "
+        f"{percent(*color[2:])}, kind {percent(*kind[2:])}",
         "",
-        verdict(color > kind),
-        "pixels are color first",
+        verdict(color[1] > color[0] and color[3] < color[2] and kind[1] < kind[3]),
+        "to give pixels back, color is worth as much as kind; the encoders differ",
     )
 
 
@@ -387,15 +405,20 @@ def claims_about_contrast():
         verdict(statistics.mean(aug) > statistics.mean(v1)),
         "color distortion, which matters, is in both; what is added is blur",
     )
-    moco = [record["trained"]["linear_probe"] for record in seeds("moco")]
-    simclr = [record["trained"]["linear_probe"] for record in ours]
-    small = [f"{method}-cifar10-small-seed0" for method in ("moco", "simclr")]
+    queue, batch = [[r["trained"]["linear_probe"] for r in seeds(m)] for m in ("moco", "simclr")]
+    pairs = {}
+    for N, row in SMALL_BATCHES.items():
+        one_group = runs_of("moco-small-batches", 2 * row, "linear_probe")
+        pairs[N] = one_group, runs_of("simclr-small-batches", row, "linear_probe")
+    pairs[64] = queue, batch
+    small = [trained(f"{method}-cifar10-small-seed0") for method in ("moco", "simclr")]
     yield (
         "MoCo v2 is better than SimCLR at the same small batch",
-        f"N = 64: {mean(moco)}, SimCLR {mean(simclr)}",
-        f"N = 128: {percent(trained(small[0]))}, {percent(trained(small[1]))}",
-        verdict(min(moco) > max(simclr), trained(small[0]) > trained(small[1])),
-        "at this number of steps in-batch negatives are enough",
+        "; ".join(f"N = {N}: {mean(a)}, SimCLR {mean(b)}" for N, (a, b) in pairs.items()),
+        f"N = 128: {percent(small[0])}, {percent(small[1])}",
+        ", ".join(f"N = {N} {verdict(min(a) > max(b))}" for N, (a, b) in pairs.items())
+        + f"; CIFAR-10 {verdict(small[0] > small[1])}",
+        "the smaller the batch, the more a queue is worth",
     )
     memory = {}
     rate = {}
@@ -420,22 +443,22 @@ def claims_about_contrast():
         f"CPU {verdict(rate['moco'] > rate['simclr'])}, H200 {verdict(seconds[0] < seconds[1])}",
         "less arithmetic; why it takes longer on a GPU is open",
     )
-    rows = RECORDS["simclr-shapes-labels"]["semi_supervised"]
-    cifar10 = RECORDS["simclr-cifar10-small-labels"]["semi_supervised"]
-
-    def against_scratch(row):
-        return f"{percent(row['fine_tuned'])}, from scratch {percent(row['from_scratch'])}"
-
-    def wins(rows):
-        return all(row["fine_tuned"] > row["from_scratch"] for row in rows)
-
-    yield (
-        "fine-tuned with 1 % and 10 % of the labels, pretraining wins",
-        "; ".join(against_scratch(row) for row in rows),
-        "; ".join(against_scratch(row) for row in cifar10),
-        verdict(wins(rows), wins(cifar10)),
-        "the views of pretraining, which both sides have, carry what it teaches",
-    )
+    _, crops, _, views = [row["runs"][0] for row in RECORDS["simclr-labels"]["rows"]]
+    on_cifar10 = RECORDS["simclr-cifar10-small-labels"]["semi_supervised"]
+    for share, count, cifar10 in zip(("1 %", "10 %"), (40, 410), on_cifar10, strict=True):
+        by_crops, by_views = [
+            (run[f"fine_tuned_{count}"], run[f"from_scratch_{count}"]) for run in (crops, views)
+        ]
+        # of one seed less than a point is no difference
+        photographs = cifar10["fine_tuned"], cifar10["from_scratch"]
+        yield (
+            f"fine-tuned with {share} of the labels, pretraining wins",
+            f"{percent(by_crops[0])}, from scratch {percent(by_crops[1])}",
+            f"{percent(photographs[0])}, from scratch {percent(photographs[1])}",
+            verdict(*[won - lost > 0.01 for won, lost in (by_crops, photographs)]),
+            "by crops and flips; by the views of pretraining, which carry what it teaches: "
+            f"{percent(by_views[0])}, from scratch {percent(by_views[1])}; one seed",
+        )
 
 
 def claims_about_distillation_and_masks():
@@ -482,7 +505,7 @@ def claims_about_distillation_and_masks():
     ratios = [statistics.mean(runs_of("mae-mask-ratio", row, "linear_probe")) for row in range(4)]
     yield (
         "MAE: masking 75 % is best",
-        "linear probe at 25, 50, 75, 90 %: " + ", ".join(percent(value) for value in ratios),
+        "linear probe at 25, 50, 75, 90 %: " + listed(ratios),
         "",
         verdict(max(ratios) == ratios[2]),
         "",
@@ -499,20 +522,21 @@ def claims_about_distillation_and_masks():
 
 
 def claims_about_captions():
-    clip = RECORDS["clip-shapes-seed0"]["trained"]
+    few_shot = {row["method"]: row for row in RECORDS["few-shot"]["rows"]}
+    zero_shot = few_shot["clip"]["zero_shot"]
+    probes = {method: row["few_shot"]["16"] for method, row in few_shot.items()}
     yield (
         "zero-shot matches probes with few labels",
-        f"{percent(clip['zero_shot'])}; 16 labels per class "
-        f"{percent(clip['linear_probe_16_per_class'])}",
+        f"{percent(zero_shot)}; 16 labels per class {percent(probes['clip'])}, of SimCLR's "
+        f"features {percent(probes['simclr'])}, of RotNet's {percent(probes['rotnet'])}",
         "",
-        verdict(clip["zero_shot"] > clip["linear_probe_4_per_class"]),
+        verdict(zero_shot > few_shot["clip"]["few_shot"]["4"]),
         "captions name the kind, so the text is the label",
     )
     rows = [statistics.mean(runs_of("clip-captions", row, "zero_shot")) for row in range(4)]
     yield (
         "... and needs no labels",
-        "captions that name the kind in 5, 20, 50, 100 %: "
-        + ", ".join(percent(value) for value in rows),
+        "captions that name the kind in 5, 20, 50, 100 %: " + listed(rows),
         "",
         verdict(rows[0] > 0.2),
         "no further ones: what no caption names cannot be asked for",
@@ -569,12 +593,15 @@ def simclr_negatives():
 
 
 def few_labels():
-    yield "data", "labels", "linear probe, frozen", "fine-tuned", "from scratch"
-    names = {"shapes": "simclr-shapes-labels", "CIFAR-10 †": "simclr-cifar10-small-labels"}
-    for data, name in names.items():
-        for line in RECORDS[name]["semi_supervised"]:
-            keys = ("linear_probe", "fine_tuned", "from_scratch")
-            yield data, f"{line['labels']:,}", *[percent(line[key]) for key in keys]
+    yield "data", "views", "labels", "linear probe, frozen", "fine-tuned", "from scratch"
+    keys = ("linear_probe", "fine_tuned", "from_scratch")
+    for row in RECORDS["simclr-labels"]["rows"]:
+        (run,) = row["runs"]
+        for count in (40, 410):
+            yield "shapes", row["case"], f"{count}", *[percent(run[f"{k}_{count}"]) for k in keys]
+    for line in RECORDS["simclr-cifar10-small-labels"]["semi_supervised"]:
+        cells = [percent(line[key]) for key in keys]
+        yield "CIFAR-10 †", "views of pretraining", f"{line['labels']:,}", *cells
 
 
 def rotnet_blocks():
@@ -620,8 +647,23 @@ MAE_COLUMNS = ("lecture, fine-tuned", "lecture, linear", "fine-tuned", "linear p
 
 
 def moco_versions():
-    yield "version", "lecture", "linear probe", "kNN"
-    yield from ablation("moco-versions", "linear_probe", "knn")
+    yield "version", "lecture", "linear probe: kind", "kNN: kind", "color", "light, left-right, R²"
+    kinds = ablation("moco-versions", "linear_probe", "knn")
+    for row, cells in zip(RECORDS["moco-versions"]["rows"], kinds, strict=True):
+        run = "moco" + re.sub("[^a-z0-9.]+", "-", row["flags"])  # as ablation.py names it
+        about = RECORDS["moco-versions-factors"]
+        color = factor_scores(about, run, "h", "its color")
+        light = statistics.mean(factor_scores(about, run, "h", "light, left-right"))
+        yield *cells, spread(color), f"{light:.2f}"
+
+
+def small_batches():
+    yield "batch N", "SimCLR", "MoCo v2, one batch-norm group", "two batch-norm groups"
+    simclr = RECORDS["simclr-small-batches"]["rows"]
+    moco = RECORDS["moco-small-batches"]["rows"]
+    for N, row in SMALL_BATCHES.items():
+        rows = simclr[row], moco[2 * row], moco[2 * row + 1]
+        yield f"{N}", *[spread_of(row, "linear_probe") for row in rows]
 
 
 def memory():
@@ -734,11 +776,15 @@ def clip_captions():
 
 
 def clip_few_shot():
-    counts = (1, 2, 4, 8, 16)
-    yield "labels per class", *[f"{n}" for n in counts], "zero-shot"
-    trained = RECORDS["clip-shapes-seed0"]["trained"]
-    probes = [percent(trained[f"linear_probe_{n}_per_class"]) for n in counts]
-    yield "accuracy", *probes, percent(trained["zero_shot"])
+    rows = RECORDS["few-shot"]["rows"]
+    yield "labels per class", *rows[0]["few_shot"], "zero-shot"
+    for row in rows:
+        probes = [percent(value) for value in row["few_shot"].values()]
+        yield (
+            TITLES[row["method"]],
+            *probes,
+            percent(row["zero_shot"]) if "zero_shot" in row else "",
+        )
 
 
 def clip_flickr8k():
@@ -845,8 +891,8 @@ TABLES = {
     function.__name__: function
     for function in (
         results, claims, factors, demos, simclr_head, simclr_views, simclr_negatives, few_labels,
-        rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, memory,
-        mae_probes, mae_fine_tuned, mae_mask_token, mae_speed, mae_mask_ratio, mae_target,
+        rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, small_batches,
+        memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_speed, mae_mask_ratio, mae_target,
         dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_flickr8k, clip_split, all_methods, without_negatives,
         relative_patches, colorization, inpainting, speed,

@@ -98,6 +98,9 @@ def findings():
     with_head = mean_of("moco-versions", 1, "linear_probe")
     assert round(100 * (v1 - with_head)) == 7
     yield "costs seven points"
+    with_blur = mean_of("moco-versions", 3, "linear_probe")
+    assert round(100 * (with_head - with_blur)) == 4
+    yield "blur, with it, four more"
     pixels = mean_of("mae-target", 0, "linear_probe")
     normalized = mean_of("mae-target", 1, "linear_probe")
     assert round(100 * (pixels - normalized)) == 7

@@ -6,6 +6,7 @@ A table stands between two comments, <!-- table: NAME --> and <!-- end -->, and 
 of this file, which yields its header and then its rows. All else on the pages is written by hand.
 """
 
+import functools
 import json
 import math
 import re
@@ -184,6 +185,11 @@ def pair(name, key="linear_probe"):
     return change(key, RECORDS[name])
 
 
+def moco_run(row):
+    """A row of a record of ablation.py -> its run, as ablation.py names it."""
+    return "moco" + re.sub("[^a-z0-9.]+", "-", row["flags"])
+
+
 SMALL_BATCHES = {8: 0, 32: 1}  # N: its row; MoCo has two, of one batch-norm group and of two
 
 
@@ -293,7 +299,8 @@ def claims_about_pretext_tasks():
         means[0],
         pair(cifar10),
         verdict(statistics.mean(random[0]) < statistics.mean(random[1]), gain),
-        f"colors of shapes are random; with the color of their kind in seven of ten: {means[1]}",
+        "colors of shapes are random; with the color of their kind in seven of ten: "
+        f"{means[1]}; one seed",
     )
     gaps, none = "relative_patch-cifar10-small-seed0", "relative_patch-cifar10-small-shortcuts"
     found = [percent(RECORDS[name]["pretext_task"]["position"]) for name in (gaps, none)]
@@ -391,12 +398,15 @@ def claims_about_contrast():
         "in z the kind is nearly all that is left",
     )
     v1, mlp, aug = [runs_of("moco-versions", row, "linear_probe") for row in (0, 1, 2)]
+    known = RECORDS["moco-versions-factors"]
+    names = [moco_run(row) for row in RECORDS["moco-versions"]["rows"][:2]]
+    colors = [statistics.mean(factor_scores(known, run, "h", "its color")) for run in names]
     yield (
         "MoCo: an MLP head is better",
         f"{mean(v1)} → {mean(mlp)}",
         "not yet",
         verdict(statistics.mean(mlp) > statistics.mean(v1)),
-        "as for SimCLR, the kind needs none",
+        f"kind is what views keep; of color, which they change, h keeps {percent(*colors)}",
     )
     yield (
         "MoCo: stronger augmentation is better",
@@ -539,7 +549,7 @@ def claims_about_captions():
         "captions that name the kind in 5, 20, 50, 100 %: " + listed(rows),
         "",
         verdict(rows[0] > 0.2),
-        "no further ones: what no caption names cannot be asked for",
+        "no further ones: what no caption names cannot be asked for; one seed",
     )
     unseen = [record["trained"]["zero_shot_unseen"] for record in seeds("clip")]
     yield (
@@ -649,11 +659,10 @@ MAE_COLUMNS = ("lecture, fine-tuned", "lecture, linear", "fine-tuned", "linear p
 def moco_versions():
     yield "version", "lecture", "linear probe: kind", "kNN: kind", "color", "light, left-right, R²"
     kinds = ablation("moco-versions", "linear_probe", "knn")
+    known = RECORDS["moco-versions-factors"]
     for row, cells in zip(RECORDS["moco-versions"]["rows"], kinds, strict=True):
-        run = "moco" + re.sub("[^a-z0-9.]+", "-", row["flags"])  # as ablation.py names it
-        about = RECORDS["moco-versions-factors"]
-        color = factor_scores(about, run, "h", "its color")
-        light = statistics.mean(factor_scores(about, run, "h", "light, left-right"))
+        color = factor_scores(known, moco_run(row), "h", "its color")
+        light = statistics.mean(factor_scores(known, moco_run(row), "h", "light, left-right"))
         yield *cells, spread(color), f"{light:.2f}"
 
 
@@ -661,8 +670,8 @@ def small_batches():
     yield "batch N", "SimCLR", "MoCo v2, one batch-norm group", "two batch-norm groups"
     simclr = RECORDS["simclr-small-batches"]["rows"]
     moco = RECORDS["moco-small-batches"]["rows"]
-    for N, row in SMALL_BATCHES.items():
-        rows = simclr[row], moco[2 * row], moco[2 * row + 1]
+    for N, number in SMALL_BATCHES.items():
+        rows = simclr[number], moco[2 * number], moco[2 * number + 1]
         yield f"{N}", *[spread_of(row, "linear_probe") for row in rows]
 
 
@@ -696,21 +705,16 @@ def mae_mask_token():
     yield from ablation("mae-mask-token", "fine_tuned", "linear_probe", "from_scratch")
 
 
+def mae_ablation(first, record):
+    yield first, *MAE_COLUMNS
+    yield from ablation(record, "fine_tuned", "linear_probe")
+
+
 def mae_speed():
     yield "encoder sees", "speed", "arithmetic of an image"
     record = RECORDS["mae-masking-cpu"]
     for name, rate in record["images_per_second"].items():
         yield name, f"{rate:.0f} images/s", f"{record['flop_per_image'][name] / 1e6:.0f} MFLOP"
-
-
-def mae_mask_ratio():
-    yield "masked", *MAE_COLUMNS
-    yield from ablation("mae-mask-ratio", "fine_tuned", "linear_probe")
-
-
-def mae_target():
-    yield "target", *MAE_COLUMNS
-    yield from ablation("mae-target", "fine_tuned", "linear_probe")
 
 
 def dino_collapse():
@@ -892,12 +896,17 @@ TABLES = {
     for function in (
         results, claims, factors, demos, simclr_head, simclr_views, simclr_negatives, few_labels,
         rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, small_batches,
-        memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_speed, mae_mask_ratio, mae_target,
-        dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
+        memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_speed, dino_collapse,
+        dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_flickr8k, clip_split, all_methods, without_negatives,
         relative_patches, colorization, inpainting, speed,
     )
 }  # fmt: skip
+MAE_TABLES = {  # name: its first column, and the record
+    "mae_mask_ratio": ("masked", "mae-mask-ratio"),
+    "mae_target": ("target", "mae-target"),
+}
+TABLES |= {name: functools.partial(mae_ablation, *about) for name, about in MAE_TABLES.items()}
 
 
 # === Pages ========================================================================================

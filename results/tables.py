@@ -530,6 +530,21 @@ def claims_about_distillation_and_masks():
         "likely since patches of shapes are flat or an outline, and the outline loses weight",
     )
 
+    rows = RECORDS["mae-decoder-depth"]["rows"]
+    keys = "linear_probe", "linear_probe_class_token"
+    patches, token = [[row["runs"][0][key] for row in rows] for key in keys]
+
+    def gains(depths):
+        return verdict(max(depths[2:]) > max(depths[:2]))
+
+    yield (
+        "MAE: a deep decoder can improve linear probing",
+        f"1, 2, 4, 8, 12 blocks: patch tokens {listed(patches)}; class token {listed(token)}",
+        "",
+        f"patch tokens {gains(patches)}, class token {gains(token)}",
+        "the authors probe the class token; one seed",
+    )
+
 
 def claims_about_captions():
     few_shot = {row["method"]: row for row in RECORDS["few-shot"]["rows"]}
@@ -708,6 +723,12 @@ def mae_mask_token():
 def mae_ablation(first, record):
     yield first, *MAE_COLUMNS
     yield from ablation(record, "fine_tuned", "linear_probe")
+
+
+def mae_decoder_depth():
+    yield "decoder", *MAE_COLUMNS, "linear probe, class token"
+    keys = ("fine_tuned", "linear_probe", "linear_probe_class_token")
+    yield from ablation("mae-decoder-depth", *keys)
 
 
 def mae_speed():
@@ -896,8 +917,8 @@ TABLES = {
     for function in (
         results, claims, factors, demos, simclr_head, simclr_views, simclr_negatives, few_labels,
         rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, small_batches,
-        memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_speed, dino_collapse,
-        dino_attention, dino_class_token, clip_zero_shot, clip_questions,
+        memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_decoder_depth, mae_speed,
+        dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_flickr8k, clip_split, all_methods, without_negatives,
         relative_patches, colorization, inpainting, speed,
     )

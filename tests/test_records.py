@@ -105,6 +105,8 @@ def findings():
     normalized = mean_of("mae-target", 1, "linear_probe")
     assert round(100 * (pixels - normalized)) == 7
     yield "loses seven points"
+    shallow, deep = [mean_of("mae-decoder-depth", n, "linear_probe_class_token") for n in (0, 4)]
+    yield f"{percent(shallow)} with one block, {percent(deep)} with twelve"
     rows = tables.RECORDS["benchmark-memory-cpu"]["rows"]
     simclr, moco, _ = [row for row in rows if row["batch_size"] == 1024]
     assert 0.70 < moco["gb"] / simclr["gb"] < 0.80

@@ -544,6 +544,15 @@ def claims_about_distillation_and_masks():
         f"patch tokens {gains(patches)}, class token {gains(token)}",
         "the authors probe the class token; one seed",
     )
+    untrained = RECORDS["mae-shapes-seed0"]["untrained"]["linear_probe"]
+    views = [row["runs"][0]["linear_probe"] for row in RECORDS["mae-augment"]["rows"]]
+    yield (
+        "MAE works with little augmentation, or none",
+        f"linear probe with none, shifts, crops, crops and jitter: {listed(views)}",
+        "",
+        verdict(views[0] - untrained > 0.5 * (views[2] - untrained)),
+        "one seed",
+    )
 
 
 def claims_about_captions():
@@ -926,6 +935,7 @@ TABLES = {
 MAE_TABLES = {  # name: its first column, and the record
     "mae_mask_ratio": ("masked", "mae-mask-ratio"),
     "mae_target": ("target", "mae-target"),
+    "mae_augment": ("augmentation", "mae-augment"),
 }
 TABLES |= {name: functools.partial(mae_ablation, *about) for name, about in MAE_TABLES.items()}
 

@@ -108,8 +108,7 @@ def draw_curves(runs, out):
         for name, history in runs.items():
             plot(panel, history, "epoch", key, name, markersize=3)
             if key == "bound" and key in history[-1]:
-                last = history[-1]
-                ceiling = last["loss"] + last["bound"]  # log(negatives + 1)
+                ceiling = history[-1]["loss"] + history[-1]["bound"]  # log(negatives + 1)
                 color = panel.get_lines()[-1].get_color()
                 panel.axhline(ceiling, color=color, linestyle=":")
         panel.set(xlabel="epoch", title=LABELS[key])

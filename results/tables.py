@@ -2,8 +2,9 @@
 
     python results/tables.py
 
-A table stands between two comments, <!-- table: NAME --> and <!-- end -->, and NAME is a function
-of this file, which yields its header and then its rows. All else on the pages is written by hand.
+A table stands between two comments, <!-- table: NAME --> and <!-- end -->, and NAME is one of
+TABLES, a function that yields its header and then its rows. All else on the pages is written by
+hand.
 """
 
 import functools
@@ -459,13 +460,14 @@ def claims_about_contrast():
         by_crops, by_views = [
             (run[f"fine_tuned_{count}"], run[f"from_scratch_{count}"]) for run in (crops, views)
         ]
-        # of one seed less than a point is no difference
         photographs = cifar10["fine_tuned"], cifar10["from_scratch"]
+        # With one seed, less than a point is no difference.
+        wins = [tuned - scratch > 0.01 for tuned, scratch in (by_crops, photographs)]
         yield (
             f"fine-tuned with {share} of the labels, pretraining wins",
             f"{percent(by_crops[0])}, from scratch {percent(by_crops[1])}",
             f"{percent(photographs[0])}, from scratch {percent(photographs[1])}",
-            verdict(*[won - lost > 0.01 for won, lost in (by_crops, photographs)]),
+            verdict(*wins),
             "by crops and flips; by the views of pretraining, which carry what it teaches: "
             f"{percent(by_views[0])}, from scratch {percent(by_views[1])}; one seed",
         )
@@ -529,7 +531,6 @@ def claims_about_distillation_and_masks():
         verdict(statistics.mean(normalized) > statistics.mean(plain)),
         "likely since patches of shapes are flat or an outline, and the outline loses weight",
     )
-
     rows = RECORDS["mae-decoder-depth"]["rows"]
     keys = "linear_probe", "linear_probe_class_token"
     patches, token = [[row["runs"][0][key] for row in rows] for key in keys]

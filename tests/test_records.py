@@ -51,6 +51,8 @@ def test_cells():
     assert percent(0.12345) == "12.3 %"
     assert percent(0.1, 0.987) == "10.0 → 98.7 %"
     assert tables.spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0 %"
+    assert tables.spread([0.1]) == "10.0 %"
+    assert tables.listed([0.1, 0.2]) == "10.0 %, 20.0 %"
     records = [{"untrained": {"x": 0.1}, "trained": {"x": y}} for y in (0.5, 0.7)]
     assert change("x", *records) == "10.0 → 60.0 %"
     assert change("", *records) == ""
@@ -100,7 +102,7 @@ def findings():
     yield "costs seven points"
     with_blur = mean_of("moco-versions", 3, "linear_probe")
     assert round(100 * (with_head - with_blur)) == 4
-    yield "blur, with it, four more"
+    yield "blur on top of it four more"
     pixels = mean_of("mae-target", 0, "linear_probe")
     normalized = mean_of("mae-target", 1, "linear_probe")
     assert round(100 * (pixels - normalized)) == 7

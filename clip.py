@@ -490,12 +490,24 @@ def retrieval(model, tokenizer, images, captions):
     return recalls | {f"image_to_text_r{k}": r for k, r in recall(x, y, image, owner).items()}
 
 
+def effective_rank(h):
+    """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
+    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    s = torch.linalg.svdvals(h)
+    p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
+    return torch.special.entr(p).sum().exp().item()
+
+
 def validate(model, tokenizer, data):
-    """val_recall, recall@10 on validation images if there are any, mean of both directions."""
-    if data.val_images is None:
-        return {}
-    recalls = retrieval(model, tokenizer, data.val_images, data.val_captions)
-    return {"val_recall": (recalls["text_to_image_r10"] + recalls["image_to_text_r10"]) / 2}
+    """While training: the effective rank of h, of some 4,096 images, and val_recall, recall@10 on
+    validation images if there are any, mean of both directions."""
+    some = data.train_images[:: len(data.train_images) // 4096 + 1]
+    logged = {"rank": effective_rank(features(model.encoder, some))}
+    if data.val_images is not None:
+        recalls = retrieval(model, tokenizer, data.val_images, data.val_captions)
+        both = recalls["text_to_image_r10"], recalls["image_to_text_r10"]
+        logged["val_recall"] = sum(both) / 2
+    return logged
 
 
 def evaluate(model, tokenizer, data):
@@ -710,8 +722,8 @@ def save_examples(folder, model, tokenizer, images, captions):
     save_similarity(folder / "similarity.png", images[rows], texts, cosines[:, rows])
     nearest = cosines.topk(min(8, len(images))).indices  # (8, 8)
     own = (nearest == rows[:, None]).nonzero().tolist()
-    frames = {(i, j): "green" for i, j in own}
-    title = "the test images closest to each caption, best first; green: the caption's own image"
+    frames = {(i, j): "#0073b3" for i, j in own}
+    title = "the test images closest to each caption, best first: blue is the caption's own image"
     save_rows(folder / "retrieval.png", title, texts, images[nearest] / 255, {}, frames)
 
 
@@ -998,7 +1010,7 @@ def save_epoch(args, state, data, history):
 
 def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch, and returns its history. Also
-    writes args.json, once the checkpoint is known to fit."""
+    writes args.json and data.json, once the checkpoint is known to fit."""
     path = Path(args.out, "checkpoint.pt")
     history = []
     if path.exists():
@@ -1014,6 +1026,7 @@ def load_checkpoint(args, state, data):
         if not unchanged:
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
+    save_json(Path(args.out, "data.json"), data.about())
     return history
 
 

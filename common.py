@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -38,7 +39,8 @@ class Dataset:
 
     train_labels may be fewer than train_images, and then belong to the first of them (STL-10).
     Without classes train_labels is empty, and test_labels are row numbers. shapes also has the
-    color of each object, an index into COLORS. note: how the files were understood.
+    color of each object, an index into COLORS. files: of a folder, the names of the training, test
+    and validation images. note: how the files were understood.
     """
 
     train_images: torch.Tensor
@@ -52,6 +54,7 @@ class Dataset:
     val_captions: list[list[str]] | None = None
     train_colors: torch.Tensor | None = None
     test_colors: torch.Tensor | None = None
+    files: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     note: str = ""
 
     def to(self, device):
@@ -68,14 +71,22 @@ class Dataset:
         moved = {name: x.to(device) for name, x in tensors.items()}
         return dataclasses.replace(self, **moved)
 
-    def examples(self, classes=10, each=1):
-        """Row numbers of test images for a figure: of each of the first classes the same number of
-        images, repeated where there are too few; without classes, the first images."""
+    def examples(self, count=10, classes=10):
+        """Row numbers of `count` test images for a figure: of the first classes as many each, give
+        or take one, repeated where there are too few; without classes, the first images."""
         labels = self.test_labels
         if not self.classes:
-            return torch.arange(min(classes * each, len(self.test_images)))
+            return torch.arange(min(count, len(self.test_images)))
         of_class = [(labels == label).nonzero()[:, 0] for label in labels.unique()[:classes]]
-        return torch.cat([rows.repeat(each)[:each] for rows in of_class])
+        shares = [len(share) for share in torch.arange(count).tensor_split(len(of_class))]
+        parts = [rows.repeat(n)[:n] for rows, n in zip(of_class, shares, strict=True)]
+        return torch.cat(parts)
+
+    def about(self):
+        """What a run keeps of its data: the side of the images, and the names of the classes and of
+        the files."""
+        S = self.train_images.shape[3]
+        return {"image_size": S, "classes": self.classes, "files": self.files}
 
     def held_out_labels(self):
         """Row numbers of a tenth of the labelled training images, always the same ones, on which
@@ -367,8 +378,9 @@ def folder_dataset(root, data_dir, image_size):
         test_labels = torch.tensor([number[label] for label in test.values()])
     classes = [os.fsencode(name).decode(errors="replace") for name in classes]  # can be printed
     found = list_classes(classes) if classes else "no classes"
+    files = {"train": list(train), "test": list(test)}
     note = "; ".join([found, *remarks, *describe_left_out(left_out), *seen])
-    return Dataset(images[0], train_labels, images[1], test_labels, classes, note=note)
+    return Dataset(images[0], train_labels, images[1], test_labels, classes, files=files, note=note)
 
 
 def split_by_hash(images):
@@ -479,6 +491,25 @@ def describe_left_out(left_out):
     return [f"left out: {counts}"] if counts else []
 
 
+def load_images(root, run):
+    """The image files of a folder and of those below it, for the encoder in the folder of a run ->
+    their names, relative to root, and images, uint8 (M, 3, S, S), S as in the run. Prints what was
+    found. Raises one UserError for all images that cannot be read."""
+    try:
+        size = json.loads(Path(run, "data.json").read_text())["image_size"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run}: there is no run in this folder") from None
+    names, left_out = list_images(root)
+    buffer = io.BytesIO()
+    _, problems = write_images(Path(root), names, size, buffer)
+    refuse(sorted(problems))
+    content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    images, seen = read_images(content, len(names), size)
+    note = "; ".join([f"{size} x {size}", *describe_left_out(left_out), *seen])
+    print(f"{root}: {len(names)} images, {note}", flush=True)
+    return names, images
+
+
 def captioned_dataset(file, data_dir, image_size):
     """Rows image,caption or image,caption,split below such a header; images beside the file or in
     images/ there. Splits are train, val and test. Without that column a hash of its name puts an
@@ -542,6 +573,7 @@ def captioned_dataset(file, data_dir, image_size):
         test_captions=[captions[path] for path in test],
         val_images=images[2] if val else None,
         val_captions=[captions[path] for path in val] if val else None,
+        files=parts,
         note="; ".join([counts, *left_out, *seen]),
     )
 
@@ -624,6 +656,8 @@ def decode(root, groups, data_dir, size):
                 partial = Path(temporary, "images")
                 with open(partial, "wb") as file:
                     good, problems = write_images(root, names, size, file)
+                    file.flush()
+                    os.fsync(file.fileno())  # on the disk before its name is
                 path = partial.replace(path_of(good))
             for former in data_dir.iterdir():
                 if former.name.startswith(start) and former != path:
@@ -632,14 +666,20 @@ def decode(root, groups, data_dir, size):
             raise UserError(f"{data_dir}: cannot be written ({error.strerror})") from None
     refuse(sorted(problems))
     content = torch.from_numpy(np.memmap(path, np.uint8, "c"))  # a private copy of what is written
-    pixels, flags = content.tensor_split([length - len(names)])
+    images, remarks = read_images(content, len(names), size)
+    return images.split([len(group) for group in groups]), remarks
+
+
+def read_images(content, count, size):
+    """Bytes as of write_images -> images, uint8 (count, 3, size, size), and remarks on them."""
+    pixels, flags = content.tensor_split([len(content) - count])
     images = pixels.view(-1, size, size, 3).permute(0, 3, 1, 2)
     several = int((flags & SEVERAL_PAGES > 0).sum())
     oblong = int((flags & NOT_SQUARE > 0).sum())
     remarks = [f"cropped to a square: {oblong}"] if oblong else []
     if several:
         remarks.append(f"first page or frame only: {several}")
-    return images.split([len(group) for group in groups]), remarks
+    return images, remarks
 
 
 def write_images(root, names, size, file):
@@ -665,8 +705,6 @@ def write_images(root, names, size, file):
             print(f"\rdecoding {root}: {done}", end="", flush=True)
     print()
     file.write(bytes(flags))
-    file.flush()
-    os.fsync(file.fileno())  # on the disk before its name is
     return good, problems
 
 
@@ -959,6 +997,20 @@ def random_crop(images, padding, generator, flip=0.5):
     boxes = torch.cat([corners, torch.full_like(corners, S)], dim=1)
     flipped = uniform(0, 1, (N,), generator) < flip
     return resized_crop(F.pad(images, [padding] * 4), boxes, S, flipped)
+
+
+def random_vertical_flip(images, generator, p=0.5):
+    """Turns an image upside down with probability p; equal to torchvision's vertical_flip."""
+    chosen = uniform(0, 1, (len(images), 1, 1, 1), generator) < p
+    return torch.where(chosen, images.flip(2), images)
+
+
+def random_quarter_turn(images, generator):
+    """Turns each square image by 0, 90, 180 or 270 degrees; equal to torch.rot90. With a flip these
+    are all ways to lay down an image that has no upright, such as one from a microscope."""
+    quarters = uniform(0, 4, (len(images), 1, 1, 1), generator).floor()
+    x = torch.where(quarters >= 2, images.flip(2, 3), images)  # by 180 degrees
+    return torch.where(quarters % 2 == 1, x.rot90(1, (2, 3)), x)
 
 
 def blur_weights(sigma, size, radius):

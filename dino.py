@@ -520,15 +520,27 @@ def linear_probe(train, train_labels, test, test_labels):
     return (predicted == test_labels).float().mean().item()
 
 
+def effective_rank(h):
+    """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
+    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    s = torch.linalg.svdvals(h)
+    p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
+    return torch.special.entr(p).sum().exp().item()
+
+
 def monitor(encoder, data):
-    """While training: kNN on a tenth of the training labels, from the others. Recipes are chosen by
-    it, since the test images are kept for the end."""
+    """While training: the effective rank of h, of some 4,096 images, and kNN on a tenth of the
+    training labels, from the others. Recipes are chosen by kNN, since the test images are kept for
+    the end."""
+    images = data.train_images
     y = data.train_labels
     if len(y) < 2:
-        return {}
-    h = features(encoder, data.train_images[: len(y)])
+        some = images[:: len(images) // 4096 + 1]
+        return {"rank": effective_rank(features(encoder, some))}
+    h = features(encoder, images[: len(y)])
     held_out, others = data.held_out_labels()
-    return {"knn": knn_accuracy(h[others], y[others], h[held_out], y[held_out])}
+    knn = knn_accuracy(h[others], y[others], h[held_out], y[held_out])
+    return {"rank": effective_rank(h[:: len(h) // 4096 + 1]), "knn": knn}
 
 
 class ClassToken(nn.Module):
@@ -571,9 +583,11 @@ def tiles(images):
 
 
 def save_crops(path, images, args):
-    """Some images, uint8 (R, 3, S, S), and the views of each in a few training steps."""
+    """Eight of the images, uint8 (M, 3, S, S), and the views of each in a few training steps. They
+    are evenly spaced, since in a folder images are sorted by class."""
+    images = images[torch.linspace(0, len(images) - 1, 8).long()]
     generator = torch.Generator(images.device).manual_seed(args.seed)
-    blocks = {"image": tiles(images / 255)[:, None]}
+    blocks = {"training image": tiles(images / 255)[:, None]}
     for step in range(1, 1 + max(1, 8 // (2 + args.local_views))):
         views = multi_crop(images, args, generator)
         for name, x in zip(("global", "local"), views, strict=False):
@@ -654,7 +668,8 @@ def save_parts(path, data, encoder):
     """Rows of four test images, of a class if there are classes, and their parts, whose colors are
     those of a row."""
     device = next(encoder.parameters()).device
-    rows = data.examples(classes=4, each=4).split(4)
+    classes = min(4, len(data.classes) or 4)
+    rows = data.examples(4 * classes, classes).split(4)
     images = [data.test_images[row.to(data.test_images.device)].to(device) for row in rows]
     images = [x for x in images if len(x) == len(images[0])]
     originals = torch.stack([tiles(x / 255) for x in images])
@@ -748,7 +763,7 @@ def main(args, Model=DINO, training_step=training_step):
     with run_folder(args) as folder:
         print_header(args, data, device)
         if not (folder / "checkpoint.pt").exists():
-            save_crops(folder / "views.png", data.train_images[:8].to(device), args)
+            save_crops(folder / "views.png", data.train_images, args)
             save_attention(folder / "attention-untrained.png", data, encoder)
             save_parts(folder / "pca-untrained.png", data, encoder)
         untrained = once(folder / "untrained.pt", evaluate, encoder, data)
@@ -1006,7 +1021,7 @@ def save_epoch(args, state, data, history):
 
 def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch, and returns its history. Also
-    writes args.json, once the checkpoint is known to fit."""
+    writes args.json and data.json, once the checkpoint is known to fit."""
     path = Path(args.out, "checkpoint.pt")
     history = []
     if path.exists():
@@ -1022,6 +1037,7 @@ def load_checkpoint(args, state, data):
         if not unchanged:
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
+    save_json(Path(args.out, "data.json"), data.about())
     return history
 
 

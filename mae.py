@@ -477,15 +477,27 @@ def linear_probe(train, train_labels, test, test_labels):
     return (predicted == test_labels).float().mean().item()
 
 
+def effective_rank(h):
+    """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
+    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    s = torch.linalg.svdvals(h)
+    p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
+    return torch.special.entr(p).sum().exp().item()
+
+
 def monitor(encoder, data):
-    """While training: kNN on a tenth of the training labels, from the others. Recipes are chosen by
-    it, since the test images are kept for the end."""
+    """While training: the effective rank of h, of some 4,096 images, and kNN on a tenth of the
+    training labels, from the others. Recipes are chosen by kNN, since the test images are kept for
+    the end."""
+    images = data.train_images
     y = data.train_labels
     if len(y) < 2:
-        return {}
-    h = features(encoder, data.train_images[: len(y)])
+        some = images[:: len(images) // 4096 + 1]
+        return {"rank": effective_rank(features(encoder, some))}
+    h = features(encoder, images[: len(y)])
     held_out, others = data.held_out_labels()
-    return {"knn": knn_accuracy(h[others], y[others], h[held_out], y[held_out])}
+    knn = knn_accuracy(h[others], y[others], h[held_out], y[held_out])
+    return {"rank": effective_rank(h[:: len(h) // 4096 + 1]), "knn": knn}
 
 
 class PatchMean(nn.Module):
@@ -902,7 +914,7 @@ def save_epoch(args, state, data, history):
 
 def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch, and returns its history. Also
-    writes args.json, once the checkpoint is known to fit."""
+    writes args.json and data.json, once the checkpoint is known to fit."""
     path = Path(args.out, "checkpoint.pt")
     history = []
     if path.exists():
@@ -918,6 +930,7 @@ def load_checkpoint(args, state, data):
         if not unchanged:
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
+    save_json(Path(args.out, "data.json"), data.about())
     return history
 
 

@@ -380,15 +380,27 @@ def linear_probe(train, train_labels, test, test_labels):
     return (predicted == test_labels).float().mean().item()
 
 
+def effective_rank(h):
+    """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
+    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    s = torch.linalg.svdvals(h)
+    p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
+    return torch.special.entr(p).sum().exp().item()
+
+
 def monitor(encoder, data):
-    """While training: kNN on a tenth of the training labels, from the others. Recipes are chosen by
-    it, since the test images are kept for the end."""
+    """While training: the effective rank of h, of some 4,096 images, and kNN on a tenth of the
+    training labels, from the others. Recipes are chosen by kNN, since the test images are kept for
+    the end."""
+    images = data.train_images
     y = data.train_labels
     if len(y) < 2:
-        return {}
-    h = features(encoder, data.train_images[: len(y)])
+        some = images[:: len(images) // 4096 + 1]
+        return {"rank": effective_rank(features(encoder, some))}
+    h = features(encoder, images[: len(y)])
     held_out, others = data.held_out_labels()
-    return {"knn": knn_accuracy(h[others], y[others], h[held_out], y[held_out])}
+    knn = knn_accuracy(h[others], y[others], h[held_out], y[held_out])
+    return {"rank": effective_rank(h[:: len(h) // 4096 + 1]), "knn": knn}
 
 
 def evaluate(encoder, data):
@@ -416,9 +428,11 @@ def nearest(h, queries, k=6):
 
 
 def save_views(path, images, args):
-    """Some images, uint8 (R, 3, S, S), and four pairs of views of each, as in a training step."""
+    """Eight of the images, uint8 (M, 3, S, S), and four pairs of views of each, as in a training
+    step. They are evenly spaced, since in a folder images are sorted by class."""
+    images = images[torch.linspace(0, len(images) - 1, 8).long()]
     generator = torch.Generator(images.device).manual_seed(args.seed)
-    blocks = {"image": images[:, None] / 255}
+    blocks = {"training image": images[:, None] / 255}
     for i in range(1, 5):
         views = two_views(images, args, generator)
         blocks[f"pair {i}"] = views.unflatten(0, (2, -1)).transpose(0, 1)
@@ -427,9 +441,9 @@ def save_views(path, images, args):
 
 def save_neighbors(path, data, before, after):
     """The test images data.examples(), and the training images nearest to each before and after
-    training, row numbers (R, 6). Green frames are of the same class, red ones of another."""
-    red = torch.tensor([0.9, 0.1, 0.1])
-    green = torch.tensor([0.1, 0.7, 0.2])
+    training, row numbers (R, 6). Blue frames are of the same class, orange ones of another."""
+    blue = torch.tensor([0.0, 0.45, 0.7])
+    orange = torch.tensor([0.9, 0.5, 0.0])
     white = torch.ones(1, 1, 3)
 
     def framed(images, rows, color):  # (M, 3, S, S), (R, C), (R, C, 3) -> (R, C, 3, S + 4, S + 4)
@@ -443,7 +457,8 @@ def save_neighbors(path, data, before, after):
         color = white
         if data.classes:
             same = data.train_labels.cpu()[rows] == data.test_labels.cpu()[queries]
-            color = torch.where(same[..., None], green, red)
+            color = torch.where(same[..., None], blue, orange)
+            title += ": blue is the same class, orange another"
         blocks[title] = framed(data.train_images, rows, color)
     save_sheet(path, blocks)
 
@@ -484,7 +499,7 @@ def main(args, Model=MoCo, training_step=training_step):
     with run_folder(args) as folder:
         print_header(args, data, device)
         if not (folder / "checkpoint.pt").exists():
-            save_views(folder / "views.png", data.train_images[:8].to(device), args)
+            save_views(folder / "views.png", data.train_images, args)
         untrained, before = once(folder / "untrained.pt", evaluate, encoder, data)
         watch = functools.partial(monitor, encoder, data)
         with common.compile_operators(args.compile):
@@ -755,7 +770,7 @@ def save_epoch(args, state, data, history):
 
 def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch, and returns its history. Also
-    writes args.json, once the checkpoint is known to fit."""
+    writes args.json and data.json, once the checkpoint is known to fit."""
     path = Path(args.out, "checkpoint.pt")
     history = []
     if path.exists():
@@ -771,6 +786,7 @@ def load_checkpoint(args, state, data):
         if not unchanged:
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
+    save_json(Path(args.out, "data.json"), data.about())
     return history
 
 

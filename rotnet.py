@@ -282,15 +282,27 @@ def linear_probe(train, train_labels, test, test_labels):
     return (predicted == test_labels).float().mean().item()
 
 
+def effective_rank(h):
+    """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
+    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    s = torch.linalg.svdvals(h)
+    p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
+    return torch.special.entr(p).sum().exp().item()
+
+
 def monitor(encoder, data):
-    """While training: kNN on a tenth of the training labels, from the others. Recipes are chosen by
-    it, since the test images are kept for the end."""
+    """While training: the effective rank of h, of some 4,096 images, and kNN on a tenth of the
+    training labels, from the others. Recipes are chosen by kNN, since the test images are kept for
+    the end."""
+    images = data.train_images
     y = data.train_labels
     if len(y) < 2:
-        return {}
-    h = features(encoder, data.train_images[: len(y)])
+        some = images[:: len(images) // 4096 + 1]
+        return {"rank": effective_rank(features(encoder, some))}
+    h = features(encoder, images[: len(y)])
     held_out, others = data.held_out_labels()
-    return {"knn": knn_accuracy(h[others], y[others], h[held_out], y[held_out])}
+    knn = knn_accuracy(h[others], y[others], h[held_out], y[held_out])
+    return {"rank": effective_rank(h[:: len(h) // 4096 + 1]), "knn": knn}
 
 
 @torch.no_grad()
@@ -400,7 +412,7 @@ def few_labels(scratch, encoder, data, rows, args):
 # === Figures ======================================================================================
 def save_rotations(folder, model, images, args):
     """rotations.png: images, uint8 (R, 3, S, S), in four rotations; under each the predicted
-    rotation and its probability, green if it is right."""
+    rotation and its probability, blue if it is right, and else orange."""
     x, labels = rotate_batch(images)
     probabilities = features(model, x).softmax(1).cpu()
     zoom = max(1, round(96 / x.shape[3]))
@@ -409,13 +421,13 @@ def save_rotations(folder, model, images, args):
     captioned = []
     for tile, p, label in zip(tiles, probabilities, labels.tolist(), strict=True):
         predicted = p.argmax().item()
-        color = "green" if predicted == label else "red"
+        color = "#0073b3" if predicted == label else "#d06000"
         image = to_pil_image(tile)
         place = (4, image.height - 22)
         text = f"{90 * predicted}°  {p[predicted]:.0%}"
         ImageDraw.Draw(image).text(place, text, fill=color, font_size=14)
         captioned.append(to_tensor(image))
-    title = "test images, the predicted rotation and its probability"
+    title = "test images, the predicted rotation and its probability: blue is right, orange wrong"
     grid = torch.stack(captioned).unflatten(0, (4, -1))
     save_sheet(folder / "rotations.png", {title: grid})
 
@@ -434,14 +446,15 @@ def fit_batch_size(args, M):
 def print_tasks(summary):
     """The accuracies with few labels, in the pretext task, and of each block."""
     for row in summary["semi_supervised"]:
-        print("  ".join(f"{name} {round(value, 3)}" for name, value in row.items()))
+        scores = "  ".join(f"{name} {round(value, 3)}" for name, value in row.items())
+        print(f"on test images, with few labels:  {scores}")
     terms = [f"{name} {value:.4g}" for name, value in summary["pretext_task"].items()]
-    print("pretext task on test images:  " + "  ".join(terms))
+    print("on test images, pretext task:  " + "  ".join(terms))
     untrained = summary["blocks"]["untrained"]
     trained = summary["blocks"]["trained"]
     for number, (before, after) in enumerate(zip(untrained, trained, strict=True), 1):
         changes = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in before]
-        print(f"block {number}  " + "  ".join(changes))
+        print(f"on test images, block {number}:  " + "  ".join(changes))
 
 
 def main(args, Model=RotNet, pretext_loss=rotation_loss, save_predictions=save_rotations):
@@ -751,7 +764,7 @@ def save_epoch(args, state, data, history):
 
 def load_checkpoint(args, state, data):
     """Restores the run in args.out, if it has finished an epoch, and returns its history. Also
-    writes args.json, once the checkpoint is known to fit."""
+    writes args.json and data.json, once the checkpoint is known to fit."""
     path = Path(args.out, "checkpoint.pt")
     history = []
     if path.exists():
@@ -767,6 +780,7 @@ def load_checkpoint(args, state, data):
         if not unchanged:
             raise UserError(f"{path}: --dataset {args.dataset} has changed since the run began")
     save_json(Path(args.out, "args.json"), dataclasses.asdict(args))
+    save_json(Path(args.out, "data.json"), data.about())
     return history
 
 

@@ -113,7 +113,7 @@ def permutation_loss(network, images, args, generator):
 
 def save_puzzles(folder, model, images, args):
     """puzzles.png: images in shuffled tiles, and in the order in which the network puts them. Wrong
-    tiles are reddish."""
+    tiles are orange."""
     generator = torch.Generator(images.device).manual_seed(args.seed)
     tiles = cut_tiles(images / 255, generator)
     numbers = torch.arange(1, len(images) + 1, device=images.device)
@@ -123,11 +123,11 @@ def save_puzzles(folder, model, images, args):
     tiles = tiles.cpu().unflatten(0, (-1, 9))
     shuffled = torch.stack([cut[row] for cut, row in zip(tiles, order, strict=True)])
     solved = torch.stack([cut[row] for cut, row in zip(shuffled, places, strict=True)])
-    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    orange = torch.tensor([0.9, 0.5, 0.0])[:, None, None]
     wrong = order.gather(1, places) != torch.arange(9)  # (R, 9)
-    solved = torch.where(wrong[..., None, None, None], solved.lerp(red, 0.5), solved)
+    solved = torch.where(wrong[..., None, None, None], solved.lerp(orange, 0.6), solved)
     sheet = torch.stack([relative_patch.assemble(shuffled), relative_patch.assemble(solved)])
-    title = "test images, shuffled; below, in the order that the network predicts"
+    title = "test images, shuffled; below, as the network orders them: wrong tiles are orange"
     rotnet.save_sheet(folder / "puzzles.png", {title: sheet})
 
 

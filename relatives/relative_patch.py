@@ -111,14 +111,14 @@ def assemble(tiles):
 
 
 def save_positions(folder, model, images, args):
-    """positions.png: images, and below the nine patches of each. A patch has a green frame if the
-    network, which sees it beside the one in the middle, finds its position, and else a red one."""
+    """positions.png: images, and below the nine patches of each. A patch has a blue frame if the
+    network, which sees it beside the one in the middle, finds its position, else an orange one."""
     generator = torch.Generator(images.device).manual_seed(args.seed)
     patches = cut_patches(images / 255, args, generator)
     positions = 1 + model(common.normalize(patches)).argmax(1).view(-1, 8).cpu()
     correct = positions == torch.arange(1, 9)  # (R, 8)
     patches = patches.cpu().unflatten(0, (-1, 9))  # (R, 9, 3, p, p), the one in the middle first
-    frames = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2]])[correct.long()]  # (R, 8, 3)
+    frames = torch.tensor([[0.9, 0.5, 0.0], [0.0, 0.45, 0.7]])[correct.long()]  # (R, 8, 3)
     frames = torch.cat([torch.ones(len(patches), 1, 3), frames], dim=1)[..., None, None]
     framed = F.pad(patches, (1, 1, 1, 1), value=-1)
     framed = torch.where(framed < 0, frames, framed)
@@ -127,9 +127,7 @@ def save_positions(folder, model, images, args):
         tiles[:, 3 * row + column] = framed[:, position]
     squares = assemble(tiles)
     whole = F.interpolate(images.cpu() / 255, squares.shape[2:])
-    title = (
-        "test images, and their patches; green: the network finds the position, red: it does not"
-    )
+    title = "test images, and their patches: blue where the network finds the position, else orange"
     rotnet.save_sheet(folder / "positions.png", {title: torch.stack([whole, squares])})
 
 

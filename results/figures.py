@@ -8,7 +8,7 @@
 
 A run is a folder, finished or not, or a record, a summary.json. --labels draws the lecture's
 semi-supervised figure from finished runs with --labels. --few-shot, --factors and --bound draw a
-record of few_shot.py, of factors.py, and of infonce.py.
+record of few_shot.py, of factors.py, and of infonce.py. Beside the file -o lies the same as .svg.
 """
 
 import argparse
@@ -41,6 +41,7 @@ LABELS = {
     "logit_scale": "scale of the logits, 1 / temperature",
     "val_recall": "validation recall@10, mean of both directions",
     "spread": "spread of projections z, 0 if they collapse",
+    "rank": "effective rank of h",
     "knn": "held-out kNN accuracy",
 }
 
@@ -81,13 +82,19 @@ def plot(panel, rows, x, y, label, **style):
     panel.plot([row[x] for row in rows], [row[y] for row in rows], label=label, marker="o", **style)
 
 
+def save(figure, out):
+    """As the file `out`, and beside it as .svg, which slides can enlarge."""
+    figure.savefig(out, dpi=120)
+    figure.savefig(out.with_suffix(".svg"))
+
+
 def finish(figure, panels, out):
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(out, dpi=120)
+    save(figure, out)
 
 
 def draw_curves(runs, out):
@@ -160,7 +167,7 @@ def draw_factors(record, out):
     panel.spines[:].set_visible(False)
     panel.axhline(len(names) - 3.5, color="black", linewidth=0.8)  # below: what was done to images
     figure.suptitle("What a linear probe reads from frozen features", fontsize=11)
-    figure.savefig(out, dpi=120)
+    save(figure, out)
 
 
 def draw_bound(record, out):

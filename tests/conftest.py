@@ -140,7 +140,7 @@ def error_of(monkeypatch, capsys):
 
 # What a run leaves, but for figures; and one of simclr.py, of moco.py or of a relative of theirs.
 FILES = {"args.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "encoder.pt"}
-FILES |= {"untrained.pt"}
+FILES |= {"data.json", "untrained.pt"}
 RESULTS = FILES | {"views.png", "neighbors.png"}
 
 

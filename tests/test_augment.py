@@ -173,6 +173,27 @@ def all_views(images):
     return common.normalize(x)
 
 
+def test_random_vertical_flip(images):
+    half = common.random_vertical_flip(images, seeded(1))
+    flipped = each(TF.vertical_flip, images)
+    chosen = (half != images).flatten(1).any(1)
+    assert 0 < chosen.sum() < N - 3  # three are of one color
+    assert torch.equal(half, torch.where(chosen[:, None, None, None], flipped, images))
+    assert torch.equal(common.random_vertical_flip(images, seeded(1), p=1.0), flipped)
+    assert torch.equal(common.random_vertical_flip(images, seeded(1), p=0.0), images)
+
+
+def test_random_quarter_turn(images):
+    images = images[4:].repeat(10, 1, 1, 1)
+    turned = common.random_quarter_turn(images, seeded(1))
+    counts = []
+    for k in range(4):
+        expected = images.rot90(k, (2, 3))
+        counts.append((turned == expected).flatten(1).all(1).sum().item())
+    assert sum(counts) == len(images)
+    assert min(counts) > len(images) / 6
+
+
 def test_within_autocast_they_stay_exact(images):
     with torch.autocast("cpu", torch.bfloat16):
         found = all_views(images)

@@ -427,12 +427,18 @@ def test_validation_is_recall_at_10_in_both_directions(few, monkeypatch):
         return recalls
 
     monkeypatch.setattr(clip, "retrieval", retrieval)
+    monkeypatch.setattr(clip, "features", lambda encoder, images: images.flatten(1)[:, :5].float())
     data = clip.hold_out_pairs(few)
-    assert clip.validate(None, None, data) == {"val_recall": pytest.approx(0.3)}
+    model = clip.CLIP(small_args(), 9)
+    validated = clip.validate(model, None, data)
+    assert validated["val_recall"] == pytest.approx(0.3)
+    used = data.train_images.flatten(1)[:, :5].float()
+    assert validated["rank"] == pytest.approx(clip.effective_rank(used))
     ((images, captions),) = calls
     assert images is data.val_images
     assert captions is data.val_captions
-    assert clip.validate(None, None, dataclasses.replace(data, val_images=None)) == {}
+    without = clip.validate(model, None, dataclasses.replace(data, val_images=None))
+    assert without == {"rank": validated["rank"]}
 
 
 def test_unseen_pairs_are_in_neither_training_nor_validation():
@@ -531,7 +537,8 @@ def test_a_run_leaves_its_files(trained):
 def test_only_some_epochs_are_validated(trained):
     _, summary = trained
     terms = {"epoch", "loss", "bound", "logit_scale", "seconds"}
-    assert [line.keys() - terms for line in summary["history"]] == [set()] * 3 + [{"val_recall"}]
+    validated = [line.keys() - terms for line in summary["history"]]
+    assert validated == [set()] * 3 + [{"rank", "val_recall"}]
     assert summary["best_epoch"] == 4
 
 

@@ -452,9 +452,9 @@ def labelled(labels, **more):
 
 def test_examples_are_of_all_classes():
     data = labelled([2, 0, 0, 1, 2, 1, 1])
-    assert data.examples().tolist() == [1, 3, 0]
-    assert data.examples(classes=2, each=2).tolist() == [1, 2, 3, 5]
-    assert data.examples(classes=1, each=3).tolist() == [1, 2, 1]  # one with fewer repeats
+    assert data.examples().tolist() == [1, 2, 1, 2, 3, 5, 6, 0, 4, 0]  # ten, of few with repeats
+    assert data.examples(4, classes=2).tolist() == [1, 2, 3, 5]
+    assert data.examples(3, classes=2).tolist() == [1, 2, 3]
     many = labelled(list(range(12)))
     assert many.examples().tolist() == list(range(10))
 
@@ -462,7 +462,7 @@ def test_examples_are_of_all_classes():
 def test_without_classes_the_first_images_are_examples():
     data = labelled(list(range(30)), classes=[])
     assert data.examples().tolist() == list(range(10))
-    assert data.examples(classes=4, each=4).tolist() == list(range(16))
+    assert data.examples(16, classes=4).tolist() == list(range(16))
     captioned = dataclasses.replace(data, test_labels=torch.empty(0), test_images=torch.zeros(3, 1))
     assert captioned.examples().tolist() == [0, 1, 2]
 

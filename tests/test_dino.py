@@ -637,7 +637,7 @@ def test_a_run_leaves_its_files(unbroken):
     accuracies = {"knn", "knn_20", "linear_probe", "knn_with_mean", "linear_probe_with_mean"}
     assert set(summary["trained"]) == set(summary["untrained"]) == accuracies
     terms = {"loss", "entropy", "entropy_of_mean", "kl"}
-    assert summary["history"][0].keys() == terms | {"epoch", "knn", "seconds"}
+    assert summary["history"][0].keys() == terms | {"epoch", "knn", "rank", "seconds"}
     encoder = dino.VisionTransformer(32, 8, *dino.ENCODERS["small"], stem=True)
     encoder.load_state_dict(load(unbroken / "encoder.pt"))
     checkpoint = load(unbroken / "checkpoint.pt")["model"]

@@ -31,6 +31,7 @@ def drawn(tmp_path, monkeypatch):
         (tmp_path / "record.json").write_text(json.dumps(summary))
         figures.main([str(tmp_path / "record.json"), *words, "-o", str(tmp_path / "drawn.png")])
         assert (tmp_path / "drawn.png").read_bytes()[:4] == b"\x89PNG"
+        assert "</svg>" in (tmp_path / "drawn.svg").read_text()
         return lines
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", plotted)

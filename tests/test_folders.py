@@ -69,6 +69,10 @@ def test_class_folders(pets, load, capsys):
     (pets / "train/cat/notes.txt").write_text("no image")
     data = load()
     assert data.classes == ["cat", "dog"]
+    cats = ["train/cat/a.png", "train/cat/c.PNG", "train/cat/deeper/b.jpg"]
+    dogs = ["train/dog/a.png", "train/dog/b.bmp"]
+    files = {"train": cats + dogs, "test": ["val/cat/x.png", "val/dog/x.png"]}
+    assert data.about() == {"image_size": 8, "classes": ["cat", "dog"], "files": files}
     assert data.train_images.shape == (5, 3, 8, 8)
     assert data.train_images.is_contiguous(memory_format=torch.channels_last)
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1]
@@ -135,6 +139,7 @@ def test_classes_without_test_images_are_split(make, load, capsys, folders, clas
     data = load()
     assert 0 < len(data.test_images) < len(data.train_images) / 2
     values = brightness(torch.cat([data.train_images, data.test_images]))
+    assert [f"{names[value]}.png" for value in values] == data.files["train"] + data.files["test"]
     labels = torch.cat([data.train_labels, data.test_labels])
     for value, label in zip(values, labels, strict=True):
         assert data.classes[label] in names[value].split("/")
@@ -429,6 +434,42 @@ def test_pages_and_sides_that_are_lost_are_said(make, load, tmp_path, capsys):
         assert capsys.readouterr().out.endswith(said)
 
 
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run on images of 8 x 8."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "data.json").write_text('{"image_size": 8}')
+    return folder
+
+
+def test_images_for_the_encoder_of_a_run(make, tmp_path, run, capsys):
+    make("b", "deeper/a", "c d")
+    save_image(tmp_path / "mine/wide.jpg", size=(12, 8))
+    (tmp_path / "mine/notes.txt").touch()
+    names, images = common.load_images(tmp_path / "mine", run)
+    assert names == ["b.png", "c d.png", "deeper/a.png", "wide.jpg"]
+    assert images.shape == (4, 3, 8, 8)
+    assert images.dtype == torch.uint8
+    assert brightness(images) == [0, 2, 1, 90]
+    said = "mine: 4 images, 8 x 8; left out: 1 .txt; cropped to a square: 1\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def test_all_bad_images_for_an_encoder_are_named(make, tmp_path, run):
+    make("a", "b", "c")
+    for name in "ab":
+        (tmp_path / f"mine/{name}.png").write_bytes(b"no image")
+    with pytest.raises(common.UserError, match=r"a\.png: not .*b\.png: not .*take them out$"):
+        common.load_images(tmp_path / "mine", run)
+
+
+def test_images_for_a_run_that_is_not_there(make, tmp_path):
+    make("a")
+    with pytest.raises(common.UserError, match="there is no run in this folder$"):
+        common.load_images(tmp_path / "mine", tmp_path / "mine")
+
+
 def test_a_folder_is_decoded_once_and_again_when_changed(pets, load, monkeypatch, capsys):
     decoded = spy(monkeypatch, common, "read_image")
     first = load()
@@ -610,6 +651,8 @@ def test_captions_with_splits(captioned):
     found = contents(captioned(["image,split,caption", *reversed(rows)], encoding="utf-8-sig"))
     for k, split in enumerate(splits):
         assert found[split] == {i: [f"number {i}"] for i in range(k, 30, 3)}
+    data = captioned(["image,split,caption", *rows])
+    assert data.files["val"] == [f"images/{i:02}.png" for i in range(2, 30, 3)]
 
 
 def test_images_may_lie_elsewhere(captioned, tmp_path):

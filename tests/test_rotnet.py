@@ -350,7 +350,7 @@ def test_it_learns_to_predict_rotations(some_shapes, tmp_path, monkeypatch, caps
     assert after["knn"] > before["knn"] + 0.15
     out = capsys.readouterr().out
     assert f"rotation {summary['pretext_task']['rotation']:.4g}" in out
-    assert f"block 2  knn {before['knn']:.1%} -> {after['knn']:.1%}" in out
+    assert f"block 2:  knn {before['knn']:.1%} -> {after['knn']:.1%}" in out
 
 
 @pytest.mark.parametrize(

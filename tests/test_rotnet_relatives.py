@@ -200,7 +200,7 @@ def test_a_patch_has_a_green_frame_if_its_position_is_found(tmp_path, monkeypatc
             if y == 0:
                 assert red == green == blue == 1
             else:
-                assert (green > red) == (y not in (2, 3))
+                assert (blue > red) == (y not in (2, 3))
 
 
 def test_nine_tiles_make_an_image():
@@ -302,9 +302,9 @@ def test_a_solved_puzzle_is_the_image_in_order(tmp_path, monkeypatch):
     order = [model.permutations[number] for number in (1, 2)]
     expected = torch.stack([cut[o] for cut, o in zip(tiles, order, strict=True)])
     assert torch.equal(shuffled, relative_patch.assemble(expected))
-    reddish = (wrong != solved).any(1)[:, 4:-4:10, 4:-4:10]
+    tinted = (wrong != solved).any(1)[:, 4:-4:10, 4:-4:10]
     places = [model.permutations[n][model.permutations[n + 1].argsort()] for n in (1, 2)]
-    for found, place in zip(reddish, places, strict=True):
+    for found, place in zip(tinted, places, strict=True):
         assert torch.equal(found.flatten(), place != torch.arange(9))
 
 
@@ -479,7 +479,7 @@ def test_a_run_is_rotnets_with_what_is_handed_over(unbroken):
     assert "null" not in text
     assert summary["pretext_task"].keys() == TERMS[name]
     for line in summary["history"]:
-        assert line.keys() - {"epoch", "seconds", "knn"} == TERMS[name]
+        assert line.keys() - {"epoch", "seconds", "knn", "rank"} == TERMS[name]
     with Image.open(run / FIGURES[name]) as sheet:
         assert sheet.width > 10 * 50
 

@@ -398,6 +398,30 @@ def test_fewer_than_ten_labels_can_be_monitored():
     assert metrics["knn"] in (0, 1)  # of one image
 
 
+def test_the_effective_rank_counts_directions():
+    basis = torch.eye(8)[:5].repeat(3, 1)
+    assert simclr.effective_rank(basis) == pytest.approx(5)
+    assert simclr.effective_rank(7 * basis) == pytest.approx(5)
+    assert simclr.effective_rank(basis[:1].repeat(9, 1)) == pytest.approx(1)
+    assert simclr.effective_rank(torch.zeros(9, 8)) == 1
+    lengths = torch.tensor([3.0, 1.0])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert simclr.effective_rank(torch.diag(lengths)) == pytest.approx(math.exp(entropy))
+
+
+@pytest.mark.parametrize(("count", "labels", "step"), [(96, 96, 1), (96, 40, 1), (9000, 0, 3)])
+def test_the_rank_is_monitored_with_and_without_labels(monkeypatch, count, labels, step):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (count, 3, 2, 2), generator=generator).byte()
+    y = torch.arange(labels) % 2
+    data = common.Dataset(x, y, x[:2], torch.arange(2), ["a", "b"] if labels else [])
+    monkeypatch.setattr(simclr, "features", lambda encoder, images: images.flatten(1).float())
+    monitored = simclr.monitor(None, data)
+    used = x[:labels] if labels else x[::step]
+    assert monitored["rank"] == pytest.approx(simclr.effective_rank(used.flatten(1).float()))
+    assert ("knn" in monitored) == (labels > 0)
+
+
 # ==================================================================================================
 # The script
 # ==================================================================================================
@@ -409,6 +433,8 @@ KEYS += " most_frequent_class pretrain_seconds total_seconds history untrained t
 def test_a_run_leaves_its_files(unbroken):
     assert files(unbroken) == RESULTS
     assert json.loads((unbroken / "args.json").read_text())["batch_size"] == 32
+    about = {"image_size": 32, "classes": [str(k) for k in range(10)], "files": {}}
+    assert json.loads((unbroken / "data.json").read_text()) == about
 
 
 def test_a_summary_says_what_was_done(unbroken, tiny_shapes):
@@ -957,11 +983,11 @@ def test_sheets_have_a_tile_for_each_image(tmp_path, rows):
 
 
 def test_views_are_rows_of_pairs(tiny_shapes, tmp_path, sheets):
-    images = common.load_dataset(str(tiny_shapes)).train_images[:8]
+    images = common.load_dataset(str(tiny_shapes)).train_images[:71]
     simclr.save_views(tmp_path / "views.png", images, simclr.parse_args([]))
     ((first, *pairs),) = [list(blocks.values()) for blocks in sheets]
-    assert list(sheets[0]) == ["image", "pair 1", "pair 2", "pair 3", "pair 4"]
-    assert torch.equal(first[:, 0], images / 255)
+    assert list(sheets[0]) == ["training image", "pair 1", "pair 2", "pair 3", "pair 4"]
+    assert torch.equal(first[:, 0], images[::10] / 255)  # of all parts of a sorted folder
     for pair in pairs:
         assert pair.shape == (8, 2, 3, 32, 32)
         assert not torch.equal(pair[:, 0], pair[:, 1])
@@ -985,16 +1011,18 @@ def test_neighbors_are_the_nearest_and_framed_by_class(forty, tmp_path, sheets):
     images, labels, h = forty
     data = common.Dataset(images, labels, images[[5, 30]], torch.tensor([0, 1]), ["a", "b"])
     shuffled = h[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    rows = [simclr.nearest(x, h[[5, 30]]) for x in (shuffled, h)]
+    queries = h[[5] * 5 + [30] * 5]
+    rows = [simclr.nearest(x, queries) for x in (shuffled, h)]
     simclr.save_neighbors(tmp_path / "n.png", data, *rows)
     query, before, after = sheets[0].values()
-    assert numbered(query)[:, 0].tolist() == [5, 30]
-    assert after.shape[:2] == (2, 6)
-    assert [set(row[:3]) for row in numbered(after).tolist()] == [{4, 5, 6}, {29, 30, 31}]
-    same = labels[numbered(before)] == torch.tensor([[0], [1]])
+    assert numbered(query)[:, 0].tolist() == [5] * 5 + [30] * 5
+    assert after.shape[:2] == (10, 6)
+    assert [set(row[:3]) for row in numbered(after)[4:6].tolist()] == [{4, 5, 6}, {29, 30, 31}]
+    same = labels[numbered(before)] == labels[numbered(query)]
     assert not same.all()
-    green = before[:, :, 1, 0, 0] > before[:, :, 0, 0, 0]
-    assert torch.equal(green, same)
+    blue = before[:, :, 2, 0, 0] > before[:, :, 0, 0, 0]
+    assert torch.equal(blue, same)
+    assert all(": blue is the same class" in title for title in list(sheets[0])[1:])
 
 
 def test_neighbors_without_classes_have_no_colors(forty, tmp_path, sheets):
@@ -1006,6 +1034,7 @@ def test_neighbors_without_classes_have_no_colors(forty, tmp_path, sheets):
     _, _, after = sheets[0].values()
     assert [set(row[:3]) for row in numbered(after).tolist()] == [{4, 5, 6}, {29, 30, 31}]
     assert (after[..., 0, 0] == 1).all()
+    assert list(sheets[0]) == ["test image", "nearest before training", "nearest after training"]
 
 
 # ==================================================================================================
@@ -1015,10 +1044,10 @@ def test_neighbors_without_classes_have_no_colors(forty, tmp_path, sheets):
 KILLS = [
     (simclr, "nt_xent", 5),  # of 3 steps an epoch
     (simclr, "once", 1),
-    (Path, "replace", 3),  # of views.png, untrained.pt, args.json, metrics.jsonl, checkpoint.pt ...
-    (Path, "replace", 5),
-    (Path, "replace", 7),
-    (Path, "replace", 8),
+    (Path, "replace", 3),  # of views.png, untrained.pt, args.json, data.json, metrics.jsonl,
+    (Path, "replace", 6),  # checkpoint.pt, metrics.jsonl
+    (Path, "replace", 8),  # checkpoint.pt, encoder.pt ...
+    (Path, "replace", 9),
 ]
 
 
@@ -1037,7 +1066,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tiny_shapes, unbroken, tmp_path, 
 
 
 def test_a_torn_file_is_never_left_under_its_name(tiny_shapes, tmp_path):
-    with killed_at(Path, "replace", 7):  # the second checkpoint is written, but not yet renamed
+    with killed_at(Path, "replace", 8):  # the second checkpoint is written, but not yet renamed
         small_run(tiny_shapes, tmp_path / "run")
     assert (tmp_path / "run/checkpoint.pt.partial").exists()
     assert len(load(tmp_path / "run/checkpoint.pt")["history"]) == 1

@@ -1,0 +1,53 @@
+"""The exercises of results/README.md: without its body a function's tests fail.
+
+Run as a program, this file deletes one body after the other and runs the tests of each, in a
+process of its own, since pytest within pytest would import conftest.py anew for all later tests.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROW = r"^\| `(\w+)\.py` \| `([\w.]+)` \| .* \| `python -m pytest (tests/\S+) -k (\w+)` \|$"
+PAGE = (ROOT / "results/README.md").read_text()
+EXERCISES = re.findall(ROW, PAGE, re.MULTILINE)
+
+
+def exit_codes(script, name, path, words):
+    """pytest's exit codes without the body of a function, and with it."""
+    *places, function = name.split(".")
+    owner = importlib.import_module(script)
+    for place in places:
+        owner = getattr(owner, place)
+    whole = getattr(owner, function)
+    assert whole.__doc__  # is left, and says what to do
+    codes = []
+    for body in (lambda *args, **options: None, whole):
+        setattr(owner, function, body)
+        codes.append(pytest.main([path, "-k", words, "-q", "-x", "-p", "no:cacheprovider"]))
+    return codes
+
+
+def test_there_are_about_twelve():
+    assert 10 <= len(EXERCISES) <= 14
+    assert PAGE.count("`python -m pytest tests/") == len(EXERCISES)
+
+
+def test_without_a_body_tests_fail_and_with_it_they_pass():
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    failed_and_passed = [pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK]
+    assert codes == [failed_and_passed for _ in EXERCISES]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    print(json.dumps([exit_codes(*exercise) for exercise in EXERCISES]))

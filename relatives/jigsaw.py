@@ -112,8 +112,8 @@ def permutation_loss(network, images, args, generator):
 
 
 def save_puzzles(folder, model, images, args):
-    """puzzles.png: images in shuffled tiles, and in the order in which the network puts them. Wrong
-    tiles are orange."""
+    """puzzles.png: images in shuffled tiles, and in the order in which the network puts them, with
+    a blue frame around a tile in its place, and an orange one around any other."""
     generator = torch.Generator(images.device).manual_seed(args.seed)
     tiles = cut_tiles(images / 255, generator)
     numbers = torch.arange(1, len(images) + 1, device=images.device)
@@ -123,11 +123,12 @@ def save_puzzles(folder, model, images, args):
     tiles = tiles.cpu().unflatten(0, (-1, 9))
     shuffled = torch.stack([cut[row] for cut, row in zip(tiles, order, strict=True)])
     solved = torch.stack([cut[row] for cut, row in zip(shuffled, places, strict=True)])
-    orange = torch.tensor([0.9, 0.5, 0.0])[:, None, None]
-    wrong = order.gather(1, places) != torch.arange(9)  # (R, 9)
-    solved = torch.where(wrong[..., None, None, None], solved.lerp(orange, 0.6), solved)
+    right = order.gather(1, places) == torch.arange(9)  # (R, 9)
+    colors = torch.tensor([[0.9, 0.5, 0.0], [0.0, 0.45, 0.7]])[right.long()]  # (R, 9, 3)
+    shuffled = relative_patch.framed(shuffled, torch.ones_like(colors))
+    solved = relative_patch.framed(solved, colors)
     sheet = torch.stack([relative_patch.assemble(shuffled), relative_patch.assemble(solved)])
-    title = "test images, shuffled; below, as the network orders them: wrong tiles are orange"
+    title = "test images, shuffled; below, as the network orders them: blue is right, orange wrong"
     rotnet.save_sheet(folder / "puzzles.png", {title: sheet})
 
 

@@ -102,6 +102,12 @@ def position_loss(network, images, args, generator):
     return {"loss": loss, "position": correct.float().mean()}
 
 
+def framed(tiles, colors):
+    """Tiles (R, 9, 3, t, t), each in a frame of its color (R, 9, 3): (R, 9, 3, t + 2, t + 2)."""
+    tiles = F.pad(tiles, (1, 1, 1, 1), value=-1)
+    return torch.where(tiles < 0, colors[..., None, None], tiles)
+
+
 def assemble(tiles):
     """Nine tiles each (R, 9, 3, t, t), row by row -> (R, 3, 3t + 12, 3t + 12), with white lines
     between the tiles, and wider ones around all nine."""
@@ -119,12 +125,11 @@ def save_positions(folder, model, images, args):
     correct = positions == torch.arange(1, 9)  # (R, 8)
     patches = patches.cpu().unflatten(0, (-1, 9))  # (R, 9, 3, p, p), the one in the middle first
     frames = torch.tensor([[0.9, 0.5, 0.0], [0.0, 0.45, 0.7]])[correct.long()]  # (R, 8, 3)
-    frames = torch.cat([torch.ones(len(patches), 1, 3), frames], dim=1)[..., None, None]
-    framed = F.pad(patches, (1, 1, 1, 1), value=-1)
-    framed = torch.where(framed < 0, frames, framed)
-    tiles = torch.empty_like(framed)
+    frames = torch.cat([torch.ones(len(patches), 1, 3), frames], dim=1)
+    patches = framed(patches, frames)
+    tiles = torch.empty_like(patches)
     for position, (row, column) in enumerate(GRID):
-        tiles[:, 3 * row + column] = framed[:, position]
+        tiles[:, 3 * row + column] = patches[:, position]
     squares = assemble(tiles)
     whole = F.interpolate(images.cpu() / 255, squares.shape[2:])
     title = "test images, and their patches: blue where the network finds the position, else orange"

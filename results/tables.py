@@ -189,6 +189,11 @@ def factor(run, part, name):
     return statistics.mean(factor_scores(RECORDS["factors"], run, part, name))
 
 
+def first_probes(table):
+    """The linear probes of a record of ablation.py with one seed, row by row."""
+    return [row["runs"][0]["linear_probe"] for row in RECORDS[table]["rows"]]
+
+
 def trained(name, key="linear_probe"):
     return RECORDS[name]["trained"][key]
 
@@ -557,13 +562,30 @@ def claims_about_distillation_and_masks():
         f"patch tokens {gains(patches)}, class token {gains(token)}",
         "the authors probe the class token; one seed",
     )
+    widths = first_probes("mae-decoder-dim")
+    yield (
+        "MAE: the decoder can be narrower than the encoder",
+        "linear probe at an eighth, a quarter, a half, three quarters, all of the width: "
+        + listed(widths),
+        "",
+        verdict(max(widths[:4]) >= widths[4]),
+        "one seed",
+    )
     untrained = RECORDS["mae-shapes-seed0"]["untrained"]["linear_probe"]
-    views = [row["runs"][0]["linear_probe"] for row in RECORDS["mae-augment"]["rows"]]
+    views = first_probes("mae-augment")
     yield (
         "MAE works with little augmentation, or none",
         f"linear probe with none, shifts, crops, crops and jitter: {listed(views)}",
         "",
         verdict(views[0] - untrained > 0.5 * (views[2] - untrained)),
+        "one seed",
+    )
+    masks = first_probes("mae-mask-sampling")
+    yield (
+        "MAE: random masks are best",
+        f"linear probe with random, half in blocks, blocks, grid: {listed(masks)}",
+        "",
+        verdict(max(masks) == masks[0]),
         "one seed",
     )
 
@@ -947,7 +969,9 @@ TABLES = {
 }  # fmt: skip
 MAE_TABLES = {  # name: its first column, and the record
     "mae_mask_ratio": ("masked", "mae-mask-ratio"),
+    "mae_mask_sampling": ("masked", "mae-mask-sampling"),
     "mae_target": ("target", "mae-target"),
+    "mae_decoder_dim": ("width of the lecture's, beside 1024", "mae-decoder-dim"),
     "mae_augment": ("augmentation", "mae-augment"),
 }
 TABLES |= {name: functools.partial(mae_ablation, *about) for name, about in MAE_TABLES.items()}

@@ -297,14 +297,16 @@ def test_a_solved_puzzle_is_the_image_in_order(tmp_path, monkeypatch):
         )
         jigsaw.save_puzzles(tmp_path, model, images, arguments("jigsaw"))
     ((shuffled, solved),), ((_, wrong),) = [sheet.values() for sheet in sheets]
-    assert torch.equal(solved, relative_patch.assemble(tiles))
+    white = torch.ones(2, 9, 3)
+    blue = torch.tensor([0.0, 0.45, 0.7]).expand(2, 9, 3)
+    assert torch.equal(solved, relative_patch.assemble(relative_patch.framed(tiles, blue)))
     assert not torch.equal(shuffled, solved)
     order = [model.permutations[number] for number in (1, 2)]
     expected = torch.stack([cut[o] for cut, o in zip(tiles, order, strict=True)])
-    assert torch.equal(shuffled, relative_patch.assemble(expected))
-    tinted = (wrong != solved).any(1)[:, 4:-4:10, 4:-4:10]
+    assert torch.equal(shuffled, relative_patch.assemble(relative_patch.framed(expected, white)))
+    orange = (wrong != solved).any(1)[:, 4:-4:12, 4:-4:12]  # the first pixel of each frame
     places = [model.permutations[n][model.permutations[n + 1].argsort()] for n in (1, 2)]
-    for found, place in zip(tinted, places, strict=True):
+    for found, place in zip(orange, places, strict=True):
         assert torch.equal(found.flatten(), place != torch.arange(9))
 
 

@@ -492,15 +492,15 @@ def retrieval(model, tokenizer, images, captions):
 
 def effective_rank(h):
     """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
-    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    values, normalized to sum to 1 (RankMe, Garrido et al. 2023). It needs no labels."""
     s = torch.linalg.svdvals(h)
     p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
     return torch.special.entr(p).sum().exp().item()
 
 
 def validate(model, tokenizer, data):
-    """While training: the effective rank of h, of some 4,096 images, and val_recall, recall@10 on
-    validation images if there are any, mean of both directions."""
+    """While training: the effective rank of h, of at most 4,096 images, and val_recall, recall@10
+    on validation images if there are any, mean of both directions."""
     some = data.train_images[:: len(data.train_images) // 4096 + 1]
     logged = {"rank": effective_rank(features(model.encoder, some))}
     if data.val_images is not None:

@@ -498,13 +498,13 @@ def load_images(root, run):
     try:
         size = json.loads(Path(run, "data.json").read_text())["image_size"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{run}: there is no run in this folder") from None
+        raise UserError(f"{run}: is not the folder of a run, which has a data.json") from None
     names, left_out = list_images(root)
     buffer = io.BytesIO()
     _, problems = write_images(Path(root), names, size, buffer)
     refuse(sorted(problems))
     content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    images, seen = read_images(content, len(names), size)
+    images, seen = unpack_images(content, len(names), size)
     note = "; ".join([f"{size} x {size}", *describe_left_out(left_out), *seen])
     print(f"{root}: {len(names)} images, {note}", flush=True)
     return names, images
@@ -666,11 +666,11 @@ def decode(root, groups, data_dir, size):
             raise UserError(f"{data_dir}: cannot be written ({error.strerror})") from None
     refuse(sorted(problems))
     content = torch.from_numpy(np.memmap(path, np.uint8, "c"))  # a private copy of what is written
-    images, remarks = read_images(content, len(names), size)
+    images, remarks = unpack_images(content, len(names), size)
     return images.split([len(group) for group in groups]), remarks
 
 
-def read_images(content, count, size):
+def unpack_images(content, count, size):
     """Bytes as of write_images -> images, uint8 (count, 3, size, size), and remarks on them."""
     pixels, flags = content.tensor_split([len(content) - count])
     images = pixels.view(-1, size, size, 3).permute(0, 3, 1, 2)

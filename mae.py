@@ -479,14 +479,14 @@ def linear_probe(train, train_labels, test, test_labels):
 
 def effective_rank(h):
     """How many directions features (M, D) fill, from 1 to D: exp of the entropy of their singular
-    values, divided by the sum of these (RankMe, Garrido et al. 2023). It needs no labels."""
+    values, normalized to sum to 1 (RankMe, Garrido et al. 2023). It needs no labels."""
     s = torch.linalg.svdvals(h)
     p = s / s.sum().clamp(min=1e-9)  # features that are all 0 have rank 1
     return torch.special.entr(p).sum().exp().item()
 
 
 def monitor(encoder, data):
-    """While training: the effective rank of h, of some 4,096 images, and kNN on a tenth of the
+    """While training: the effective rank of h, of at most 4,096 images, and kNN on a tenth of the
     training labels, from the others. Recipes are chosen by kNN, since the test images are kept for
     the end."""
     images = data.train_images

@@ -126,11 +126,8 @@ def save_positions(folder, model, images, args):
     patches = patches.cpu().unflatten(0, (-1, 9))  # (R, 9, 3, p, p), the one in the middle first
     frames = torch.tensor([[0.9, 0.5, 0.0], [0.0, 0.45, 0.7]])[correct.long()]  # (R, 8, 3)
     frames = torch.cat([torch.ones(len(patches), 1, 3), frames], dim=1)
-    patches = framed(patches, frames)
-    tiles = torch.empty_like(patches)
-    for position, (row, column) in enumerate(GRID):
-        tiles[:, 3 * row + column] = patches[:, position]
-    squares = assemble(tiles)
+    row_by_row = (3 * GRID[:, 0] + GRID[:, 1]).argsort()
+    squares = assemble(framed(patches, frames)[:, row_by_row])
     whole = F.interpolate(images.cpu() / 255, squares.shape[2:])
     title = "test images, and their patches: blue where the network finds the position, else orange"
     rotnet.save_sheet(folder / "positions.png", {title: torch.stack([whole, squares])})

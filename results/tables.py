@@ -531,6 +531,17 @@ def claims_about_distillation_and_masks():
         verdict(masked[1] > masked[0]),
         "and less than half of the time",
     )
+    tuned = [RECORDS[f"mae-shapes-fine-tune-32{end}"]["trained"] for end in ("", "-lr")]
+    cells = [
+        f"{percent(x['fine_tuned'])}, from scratch {percent(x['from_scratch'])}" for x in tuned
+    ]
+    yield (
+        "MAE: pretrained and fine-tuned is better than from scratch",
+        f"{cells[0]}; at a quarter of the learning rate {cells[1]}",
+        "",
+        verdict(all(x["fine_tuned"] > x["from_scratch"] for x in tuned)),
+        "at the recipe's rate a network from scratch does not learn; one seed",
+    )
     ratios = [statistics.mean(runs_of("mae-mask-ratio", row, "linear_probe")) for row in range(4)]
     yield (
         "MAE: masking 75 % is best",
@@ -754,9 +765,12 @@ def mae_probes():
 
 
 def mae_fine_tuned():
-    yield "pretrained", "from scratch, same recipe"
-    trained = RECORDS["mae-shapes-fine-tune"]["trained"]
-    yield percent(trained["fine_tuned"]), percent(trained["from_scratch"])
+    yield "passes over the labels", "learning rate", "pretrained", "from scratch"
+    for name in ("fine-tune", "fine-tune-32", "fine-tune-32-lr"):
+        record = RECORDS[f"mae-shapes-{name}"]
+        recipe = f"{record['args']['fine_tune_epochs']}", f"{record['args']['fine_tune_lr']:g}"
+        keys = "fine_tuned", "from_scratch"
+        yield *recipe, *[percent(record["trained"][key]) for key in keys]
 
 
 def mae_mask_token():

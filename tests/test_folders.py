@@ -466,7 +466,7 @@ def test_all_bad_images_for_an_encoder_are_named(make, tmp_path, run):
 
 def test_images_for_a_run_that_is_not_there(make, tmp_path):
     make("a")
-    with pytest.raises(common.UserError, match="there is no run in this folder$"):
+    with pytest.raises(common.UserError, match="mine: is not the folder of a run"):
         common.load_images(tmp_path / "mine", tmp_path / "mine")
 
 

@@ -88,6 +88,18 @@ def readme():
     last = record["history"][-1]["loss"]
     yield f"{first:.2f} to {last:.2f} in {epochs} epochs"
     yield f"PyTorch with CUDA, {tables.RECORDS['install-linux']['gigabytes']:.1f} GB in all"
+    few = tables.RECORDS["simclr-shapes-init-labels"]["semi_supervised"][0]
+    frozen, tuned, scratch = [percent(value) for name, value in few.items() if name != "labels"]
+    yield f"frozen probe of {frozen}, {tuned} fine-tuned, and {scratch} from scratch"
+
+    def rank(name):
+        return tables.RECORDS[name]["history"][-1]["rank"]
+
+    yield f"ends at {rank('simclr-shapes-seed0'):.0f} in SimCLR's demo"
+    yield f"at {rank('simsiam-shapes-seed0'):.0f} in SimSiam's"
+    yield f"at {rank('simsiam-shapes-no-predictor'):.0f} without its predictor"
+    dino = [rank(f"dino-shapes-{end}") for end in ("seed0", "no-centering", "no-sharpening")]
+    yield "ends at {:.1f}, and at {:.1f} and {:.1f} in the collapses".format(*dino)
     rates = tables.RECORDS["wait-policy-cpu"]["images_per_second"]
     spinning = statistics.mean(rates["default"])
     waiting = statistics.mean(rates["PASSIVE"])

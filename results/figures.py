@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "figures.py"  # the same figure is then the same file
 from matplotlib import pyplot  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -85,7 +86,7 @@ def plot(panel, rows, x, y, label, **style):
 def save(figure, out):
     """As the file `out`, and beside it as .svg, which slides can enlarge."""
     figure.savefig(out, dpi=120)
-    figure.savefig(out.with_suffix(".svg"))
+    figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
 
 
 def finish(figure, panels, out):

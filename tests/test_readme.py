@@ -119,7 +119,7 @@ def test_in_torchvision_and_timm():
     resnet.fc = torch.nn.Identity()
     resnet.load_state_dict(encoder.state_dict())
     transformer = mae.VisionTransformer(32, 4, *mae.ENCODERS["vit_tiny"]).eval()
-    (call,) = re.findall(r"`(timm\.create_model\(\"vit.*?\))`", README)
+    (call,) = re.findall(r"`(timm\.create_model\(\"vit.*?\))`", " ".join(README.split()))
     vit = eval(call, {"timm": timm})
     vit.load_state_dict(transformer.state_dict())
     x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))

@@ -251,6 +251,8 @@ def test_every_figure_is_shown():
         paths = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
         shown |= {Path(path).name for path in paths}
     assert shown == {path.name for path in (ROOT / "results").glob("*.png")}
+    vectors = {path.with_suffix(".png").name for path in (ROOT / "results").glob("*.svg")}
+    assert vectors <= shown
 
 
 @pytest.mark.parametrize("page", tables.PAGES)

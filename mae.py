@@ -1004,7 +1004,8 @@ def make_parser(Args, doc, shapes):
     for title, recipe in {"--dataset shapes": shapes, "--encoder small otherwise": SMALL}.items():
         words = " ".join(f"{option(name)} {recipe[name]}" for name in recipe if name in flags)
         text = f"The recipe of {title}: {words}"
-        recipes.append(textwrap.fill(text, 100, break_on_hyphens=False))
+        if words:
+            recipes.append(textwrap.fill(text, 100, break_on_hyphens=False))
     parser = argparse.ArgumentParser(
         Args.script,
         description=doc,
@@ -1078,8 +1079,9 @@ def parse_args(argv=None, Args=Args, doc=__doc__, shapes=SHAPES):
     return args
 
 
-def run(Args=Args, doc=__doc__, shapes=SHAPES, **parts):
-    """The command line: bad input is one line, and exit code 2. parts: Model, training_step."""
+def run(Args=Args, doc=__doc__, shapes=SHAPES, main=main, **parts):
+    """The command line: bad input is one line, and exit code 2. A relative hands over what differs:
+    parts such as Model and training_step, or a main of its own."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no encoding, a closed one is None
         sys.stdout.reconfigure(errors="replace")  # for consoles that cannot show every file name
     try:

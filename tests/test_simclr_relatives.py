@@ -40,7 +40,7 @@ RELATIVES = {
     "swav": swav,
     "vicreg": vicreg,
 }
-ON_OTHERS = {"simmim", "colorization", "inpainting", "jigsaw", "relative_patch"}
+ON_OTHERS = {"simmim", "colorization", "inpainting", "jigsaw", "relative_patch", "patches"}
 
 
 def parts(name):
@@ -300,7 +300,7 @@ def test_measuring_moves_no_target():
 # ==================================================================================================
 
 
-def test_there_are_ten_named_in_the_readme():
+def test_there_are_eleven_named_in_the_readme():
     texts = {path.stem: path.read_text() for path in (ROOT / "relatives").glob("*.py")}
     assert texts.keys() == MODELS.keys() | ON_OTHERS
     readme = (ROOT / "README.md").read_text()

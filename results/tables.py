@@ -154,6 +154,7 @@ PUBLISHED = {  # on CIFAR-10, by others
     "moco": f"[kNN 82.6 %]({NOTEBOOK})",
     "rotnet": "[89.1 %, NiN in 200 epochs](https://arxiv.org/abs/1803.07728)",
     "mae": "[54.1 %, ViT-tiny in 150 epochs](https://github.com/jayenliao/MAE)",
+    "patches": "[79.6 %, 4000 centroids](https://proceedings.mlr.press/v15/coates11a.html)",
     "dino": "[89.5 %, ResNet-18 in 1000 epochs](https://github.com/vturrisi/solo-learn)",
 }
 
@@ -176,6 +177,10 @@ def results():
         published = PUBLISHED[method] if method in ("rotnet", "mae", "dino") else "above"
         row = TITLES[method], command, *scores(method, record), published
         yield *row, minutes(record), "2 CPU cores"
+    record = RECORDS["patches-cifar10-seed0"]
+    command = "`python relatives/patches.py --dataset cifar10`"
+    row = "no network: k-means on patches", command, *scores("patches", record)
+    yield *row, PUBLISHED["patches"], minutes(record), "2 CPU cores"
 
 
 # === results/README.md, the lecture's claims ======================================================
@@ -909,6 +914,7 @@ def all_methods():
             "inpainting": "inpainting",
         },
         "ViT": {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO"},
+        "none": {"patches": "k-means on patches"},
     }
     for encoder, methods in families.items():
         for method, title in methods.items():

@@ -70,6 +70,16 @@ def test_cells():
 # ==================================================================================================
 
 
+SMALL = "simclr", "moco", "rotnet", "mae", "dino"
+
+
+def scores_of(method, name):
+    """Linear probe and kNN of the trained encoder."""
+    trained = tables.RECORDS[name]["trained"]
+    keys = tables.PROBE.get(method, "linear_probe"), tables.KNN.get(method, "knn")
+    return [trained[key] for key in keys]
+
+
 def readme():
     """What sentences and tables by hand in README.md say."""
     yield f"log(2N - 1): {math.log(127):.2f} for N = 64, {math.log(1023):.2f} for 512"
@@ -80,6 +90,13 @@ def readme():
     flickr8k = tables.RECORDS["clip-flickr8k-small-seed0"]
     recall = change("text_to_image_r10", flickr8k)
     yield f"recall@10 {recall} in {flickr8k['total_seconds'] / 60:.0f} minutes on two CPU cores"
+    floor = scores_of("patches", "patches-cifar10-seed0")
+    small = {method: scores_of(method, f"{method}-cifar10-small-seed0") for method in SMALL}
+    assert all(probe < floor[0] for probe, _ in small.values())
+    assert {method for method, (_, knn) in small.items() if knn < floor[1]} == {"mae", "dino"}
+    for method in ("simclr", "moco"):
+        probe, knn = scores_of(method, f"{method}-cifar10-seed0")
+        assert probe > floor[0] and knn > floor[1]
     record = tables.RECORDS["simclr-cifar10-seed0"]
     epochs = record["args"]["epochs"]
     steps = epochs * (50_000 // record["args"]["batch_size"])

@@ -38,7 +38,7 @@ class Args:
     script: str = "relatives/patches.py"
     dataset: str = simclr.flag("shapes", "shapes, cifar10, cifar100, stl10, an .npz file, a folder")
     data_dir: str = simclr.flag("data", "folder for downloads and decoded images")
-    centroids: int = simclr.flag(800, "number K of centroids; paper: up to 4000", 2)
+    centroids: int = simclr.flag(800, "number K of centroids; paper: up to 4000", 2, PATCHES)
     seed: int = simclr.flag(0, "seed of the patches", 0, 2**31)
     device: str = simclr.flag("auto", "cuda, mps, cpu, or auto: the first that is there")
     out: str = simclr.flag("", "run folder; by default runs/<method>-<dataset>-seed<seed>")

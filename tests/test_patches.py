@@ -98,7 +98,7 @@ def test_a_run_measures_random_patches_and_centroids(few_shapes, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--centroids", "1"], "--centroids 1: must be at least 2"),
+        (["--centroids", "1"], "--centroids 1: must be from 2 to 100000"),
         (["--epochs", "3"], "unrecognized arguments: --epochs"),
         (["--dataset", "nothing"], "dataset nothing: is not shapes"),
     ],

@@ -5,6 +5,7 @@ deviation.
     python results/ablation.py moco-versions           table 1 of MoCo v2: MLP head, aug+, cosine
     python results/ablation.py clip-split --seeds 0    Flickr8k split by image, and by caption
     python results/ablation.py mae-target --record results/mae-target.json
+    python results/ablation.py simclr-head-cifar10     rows of simclr-head on CIFAR-10
 
 A run is a script with the flags of its row, in a process of its own, since all compiled models of
 one process share a limit of recompilations. It stands in runs/ablation-<commit>/, so that no table
@@ -345,6 +346,29 @@ TABLES = {
         ("90 %", "--mask-ratio 0.9", []),
     ]),
 }  # fmt: skip
+
+# The same on CIFAR-10: the recipe for two CPU cores, in fewer epochs, and some of the rows. Labels
+# fine-tune the encoder of the whole recipe, which has to be there.
+PRETRAINED = "runs/simclr-cifar10-seed0/encoder.pt"
+
+
+def on_cifar10(name, flags, numbers):
+    """Some rows of a table, with other flags."""
+    table = TABLES[name]
+    flags = f"--dataset cifar10 --encoder small {flags}"
+    return dataclasses.replace(table, flags=flags, rows=[table.rows[n] for n in numbers])
+
+
+TABLES |= {
+    "simclr-head-cifar10": on_cifar10("simclr-head", "--epochs 20", [0, 1, 2]),
+    "simclr-views-cifar10": on_cifar10("simclr-views", "--epochs 20", [0, 3]),
+    "simclr-labels-cifar10": on_cifar10(
+        "simclr-labels", f"--init {PRETRAINED} --epochs 0 --labels 0.01 0.1", [0, 1, 2, 3]
+    ),
+    "simclr-small-batches-cifar10": on_cifar10("simclr-small-batches", "--epochs 10", [1]),
+    "moco-small-batches-cifar10": on_cifar10("moco-small-batches", "--epochs 10", [2]),
+    "moco-versions-cifar10": on_cifar10("moco-versions", "--warmup 0 --epochs 10", [0, 1, 2, 3, 4]),
+}
 
 
 # === Runs =========================================================================================

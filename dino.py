@@ -213,8 +213,11 @@ class Network(nn.Module):
         self.last_layer = nn.Linear(bottleneck, args.out_dim, bias=False)
 
     def forward(self, *views):
-        class_tokens = [self.encoder.tokens(x)[:, 0] for x in views]
-        z = F.normalize(self.mlp(torch.cat(class_tokens)), dim=1)  # (sum of B, bottleneck)
+        return self.head(torch.cat([self.encoder.tokens(x)[:, 0] for x in views]))
+
+    def head(self, tokens):
+        """Class tokens (B, D) -> logits (B, K)."""
+        z = F.normalize(self.mlp(tokens), dim=1)  # (B, bottleneck)
         directions = F.normalize(self.last_layer.weight, dim=1)  # (K, bottleneck)
         return z @ directions.T
 
@@ -431,10 +434,13 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, (new, new), mode="bicubic").flatten(2).transpose(1, 2)
         return torch.cat([self.pos_embed[:, :1], grid], dim=1)
 
-    def last_input(self, images):
-        """Input of the last block: (B, 3, S, S) -> (B, 1 + L, D), the class token first."""
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B, L, D), row by row
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+    def embed(self, images):
+        """Patches without their positions, row by row: (B, 3, S, S) -> (B, L, D)."""
+        return self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+
+    def last_input(self, patches):
+        """Input of the last block: (B, L, D) -> (B, 1 + L, D), the class token first."""
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         x = x + self.positions(x.shape[1])
         for block in self.blocks[:-1]:
             x = block(x)
@@ -443,13 +449,17 @@ class VisionTransformer(nn.Module):
     def attention(self, images):
         """Of the class token to each patch in the last block, figure 1 of the paper:
         (B, 3, S, S) -> (B, heads, L)."""
-        q, k, _ = self.blocks[-1].qkv(self.last_input(images))
+        q, k, _ = self.blocks[-1].qkv(self.last_input(self.embed(images)))
         weights = (q[:, :, :1] @ k.mT / math.sqrt(q.shape[3])).softmax(3)  # (B, heads, 1, 1 + L)
         return weights[:, :, 0, 1:]
 
+    def encode(self, patches):
+        """(B, L, D) -> class token and patch tokens (B, 1 + L, D), after the last norm."""
+        return self.norm(self.blocks[-1](self.last_input(patches)))
+
     def tokens(self, images):
-        """(B, 3, S, S) -> class token and patch tokens (B, 1 + L, D), after the last norm."""
-        return self.norm(self.blocks[-1](self.last_input(images)))
+        """The same of images (B, 3, S, S)."""
+        return self.encode(self.embed(images))
 
     def forward(self, images):
         x = self.tokens(images)

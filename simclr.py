@@ -470,9 +470,9 @@ def fit_batch_size(args, M):
         raise UserError(f"--batch-size {N}: must be a multiple of {WORLD}, the number of processes")
 
 
-def main(args, Model=SimCLR, training_step=training_step):
+def main(args, Model=SimCLR, training_step=training_step, learn=None):
     """Measures the encoder, pretrains it without labels, measures it again. Returns the content of
-    summary.json."""
+    summary.json. learn stands in for pretrain."""
     start = time.perf_counter()
     device = pick_device(args.device)
     data = load_data(args, device)
@@ -500,7 +500,7 @@ def main(args, Model=SimCLR, training_step=training_step):
         untrained, before = once(folder / "untrained.pt", evaluate, encoder, data)
         watch = functools.partial(monitor, encoder, data)
         with common.compile_operators(args.compile):
-            history = pretrain(model, data, args, training_step, watch)
+            history = (learn or pretrain)(model, data, args, training_step, watch)
         save(folder / "encoder.pt", encoder.state_dict())
         print("measuring", flush=True)
         trained, after = evaluate(encoder, data, model.projector)

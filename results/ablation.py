@@ -365,9 +365,19 @@ TABLES |= {
     "simclr-labels-cifar10": on_cifar10(
         "simclr-labels", f"--init {PRETRAINED} --epochs 0 --labels 0.01 0.1", [0, 1, 2, 3]
     ),
+    "simclr-negatives-cifar10": on_cifar10("simclr-negatives", "--epochs 10", [0, 1, 2, 3]),
     "simclr-small-batches-cifar10": on_cifar10("simclr-small-batches", "--epochs 10", [1]),
     "moco-small-batches-cifar10": on_cifar10("moco-small-batches", "--epochs 10", [2]),
     "moco-versions-cifar10": on_cifar10("moco-versions", "--warmup 0 --epochs 10", [0, 1, 2, 3, 4]),
+    "mae-decoder-depth-cifar10": on_cifar10("mae-decoder-depth", "--epochs 3", [0, 1, 2, 3]),
+    "mae-decoder-dim-cifar10": on_cifar10("mae-decoder-dim", "--epochs 3", [0, 1, 2, 3, 4]),
+    "mae-mask-token-cifar10": on_cifar10("mae-mask-token", "--epochs 3", [0, 1]),
+    "mae-target-cifar10": on_cifar10(
+        "mae-target", "--epochs 3 --fine-tune --fine-tune-epochs 2", [0, 1]
+    ),
+    "mae-augment-cifar10": on_cifar10("mae-augment", "--epochs 3", [0, 1, 2, 3]),
+    "mae-mask-sampling-cifar10": on_cifar10("mae-mask-sampling", "--epochs 3", [0, 1, 2, 3]),
+    "mae-mask-ratio-cifar10": on_cifar10("mae-mask-ratio", "--epochs 3", [0, 1, 2, 3]),
 }
 
 

@@ -512,7 +512,9 @@ def test_tokens_are_patches_with_positions_after_the_class_token():
     tokens = patches @ embed.weight.flatten(1).T + embed.bias
     x = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], dim=1) + encoder.pos_embed
     first, last = encoder.blocks
-    torch.testing.assert_close(encoder.last_input(images), first(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        encoder.last_input(encoder.embed(images)), first(x), atol=1e-5, rtol=1e-5
+    )
     y = encoder.norm(last(first(x)))
     torch.testing.assert_close(encoder.tokens(images), y, atol=1e-5, rtol=1e-5)
 
@@ -523,7 +525,7 @@ def test_attention_is_that_of_the_last_block():
     maps = encoder.attention(images)
     assert maps.shape == (3, 2, 16)
     last = encoder.blocks[-1]
-    x = last.norm1(encoder.last_input(images))
+    x = last.norm1(encoder.last_input(encoder.embed(images)))
     q, k, _ = last.attn["qkv"](x).chunk(3, dim=2)
     for head, c in enumerate((slice(0, 16), slice(16, 32))):
         weights = (q[:, 0, None, c] @ k[:, :, c].mT / 4).softmax(2)  # (3, 1, 17)

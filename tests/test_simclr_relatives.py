@@ -1,5 +1,6 @@
 """The relatives on simclr.py: losses against the papers' formulas, and every file as it is run."""
 
+import cmath
 import functools
 import itertools
 import json
@@ -23,12 +24,13 @@ from conftest import (
 from torch import nn
 
 import simclr
-from relatives import barlow_twins, byol, simsiam, swav, vicreg
+from relatives import barlow_twins, byol, lejepa, simsiam, swav, vicreg
 
 ROOT = Path(__file__).parent.parent
 MODELS = {
     "barlow_twins": barlow_twins.BarlowTwins,
     "byol": byol.BYOL,
+    "lejepa": lejepa.LeJEPA,
     "simsiam": simsiam.SimSiam,
     "swav": swav.SwAV,
     "vicreg": vicreg.VICReg,
@@ -36,11 +38,14 @@ MODELS = {
 RELATIVES = {
     "barlow_twins": barlow_twins,
     "byol": byol,
+    "lejepa": lejepa,
     "simsiam": simsiam,
     "swav": swav,
     "vicreg": vicreg,
 }
 ON_OTHERS = {"simmim", "colorization", "inpainting", "jigsaw", "relative_patch", "patches"}
+ON_OTHERS |= {"siglip", "slip", "ibot", "supcon"}
+WIDTHS = {"swav": 128, "byol": 128, "lejepa": 64}  # of z, where it is not 512
 
 
 def parts(name):
@@ -120,6 +125,48 @@ def test_the_variance_of_vicreg_pulls_a_collapse_apart():
     assert (z.grad[:, 0] * centered < 0).all()  # a step downhill leads away from the mean
 
 
+def epps_pulley(s):
+    """Numbers -> T of the docstring, with complex exponentials and the rule of trapezoids."""
+    values = []
+    for k in range(17):
+        t = 3 * k / 16
+        phi = sum(cmath.exp(1j * t * x) for x in s) / len(s)
+        error = abs(phi - math.exp(-(t**2) / 2)) ** 2
+        values.append(error * math.exp(-(t**2) / 2))
+    half = sum((a + b) / 2 * 3 / 16 for a, b in itertools.pairwise(values))
+    return len(s) * 2 * half
+
+
+def test_lejepa_loss_is_the_papers_sum():
+    z1, z2 = draw(2, 6, 5)
+    directions = F.normalize(draw(5, 3, seed=1), dim=0)
+    sigreg = [epps_pulley((z @ a).tolist()) for z in (z1, z2) for a in directions.T]
+    pairs = list(zip(z1.flatten().tolist(), z2.flatten().tolist(), strict=True))
+    distances = [(x - (a + b) / 2) ** 2 for a, b in pairs for x in (a, b)]
+    expected = 0.9 * sum(distances) / len(distances) + 0.1 * sum(sigreg) / len(sigreg)
+    assert lejepa.lejepa_loss(z1, z2, directions, 0.1).item() == pytest.approx(expected)
+
+
+def test_the_test_of_lejepa_knows_a_gaussian():
+    normal = draw(1000, 1)
+    others = {"wider": 1.3 * normal, "aside": normal + 0.3, "two points": normal.sign()}
+    others["collapsed"] = torch.zeros(1000, 1)
+    (least,) = lejepa.epps_pulley(normal).tolist()
+    assert all(lejepa.epps_pulley(s).item() > 10 * least for s in others.values())
+
+
+def test_directions_of_lejepa_are_new_in_every_step(monkeypatch):
+    args = arguments("lejepa")
+    calls = spy(monkeypatch, lejepa, "lejepa_loss")
+    model = lejepa.LeJEPA(args)
+    for progress in (0.5, 0.5, 0.51):
+        lejepa.training_step(model, images(8), args, torch.Generator(), progress, lambda loss: None)
+    one, again, other = [directions for _, _, directions, _ in calls]
+    assert torch.equal(one, again)  # in another process, whose views differ
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one.norm(dim=0), torch.ones(256))
+
+
 def test_codes_of_swav_are_those_of_the_papers_iteration():
     scores = F.normalize(draw(12, 7), dim=1) @ F.normalize(draw(4, 7, seed=1), dim=1).T
     Q = (scores.T / 0.05).exp()  # (K, B), as in the paper's appendix A.1
@@ -193,6 +240,17 @@ def test_the_losses_equal_lightlys():
         torch.testing.assert_close(ours, theirs.squeeze())
 
 
+def test_the_test_of_lejepa_equals_lightlys():
+    lightly = pytest.importorskip("lightly.loss.lejepa_loss", exc_type=ImportError)
+    z = draw(2, 16, 8).float()
+    torch.manual_seed(0)
+    theirs = lightly.SIGReg(num_vectors=64)(z)
+    torch.manual_seed(0)
+    directions = F.normalize(torch.randn(8, 64), dim=0)
+    ours = torch.stack([lejepa.epps_pulley(view @ directions) for view in z]).mean()
+    torch.testing.assert_close(ours, theirs)
+
+
 # ==================================================================================================
 # Training steps
 # ==================================================================================================
@@ -220,7 +278,7 @@ def test_a_step_logs_its_loss_and_the_spread_of_z(name, monkeypatch):
     assert losses == [terms["loss"]]
     assert losses[0].requires_grad
     ((z,),) = calls
-    assert z.shape == (8, 128 if name in ("swav", "byol") else 512)  # of the first views
+    assert z.shape == (8, WIDTHS.get(name, 512))  # of the first views
 
 
 class Pair(nn.Module):
@@ -300,7 +358,7 @@ def test_measuring_moves_no_target():
 # ==================================================================================================
 
 
-def test_there_are_eleven_named_in_the_readme():
+def test_every_relative_is_named_in_the_readme():
     texts = {path.stem: path.read_text() for path in (ROOT / "relatives").glob("*.py")}
     assert texts.keys() == MODELS.keys() | ON_OTHERS
     readme = (ROOT / "README.md").read_text()
@@ -410,6 +468,7 @@ LOSSES = {
     "vicreg": vicreg.vicreg_loss,
     "swav": lambda z1, z2: swav.swav_loss(0.1 * z1, 0.1 * z2, 0.1),
     "simsiam": lambda z1, z2: simsiam.simsiam_loss(z1 + 1, z1, z2 + 1, z2),
+    "lejepa": lambda z1, z2: lejepa.lejepa_loss(z1, z2, torch.eye(4).double(), 0.1),
     "byol": lambda z1, z2: byol.byol_loss(z1 + 1, z1.detach(), z2 + 1, z2.detach()),
 }
 

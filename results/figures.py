@@ -5,10 +5,13 @@
     python results/figures.py --few-shot results/few-shot.json -o few-shot.png
     python results/figures.py --factors results/factors.json -o factors.png
     python results/figures.py --bound results/infonce.json -o infonce.png
+    python results/figures.py --circle results/circle.json -o circle.png
+    python results/figures.py --gaussian results/lejepa-gaussian.json -o gaussian.png
 
 A run is a folder, finished or not, or a record, a summary.json. --labels draws the lecture's
-semi-supervised figure from finished runs with --labels. --few-shot, --factors and --bound draw a
-record of few_shot.py, of factors.py, and of infonce.py. Beside the file -o lies the same as .svg.
+semi-supervised figure from finished runs with --labels. --few-shot, --factors, --bound, --circle
+and --gaussian draw a record of few_shot.py, factors.py, infonce.py, circle.py and gaussian.py.
+Beside the file -o lies the same as .svg.
 """
 
 import argparse
@@ -191,6 +194,56 @@ def draw_bound(record, out):
     finish(figure, [panel], out)
 
 
+def draw_circle(record, out):
+    """A record of circle.py -> a circle for each encoder: how many images of which class have z in
+    each of 48 directions, scaled to the highest bar."""
+    rows = record["rows"]
+    size = (4 * len(rows), 5)
+    figure, panels = pyplot.subplots(
+        1, len(rows), figsize=size, layout="constrained", subplot_kw={"projection": "polar"}
+    )
+    figure.get_layout_engine().set(h_pad=0.15)  # or the titles would be cut off
+    bins = 48
+    width = 2 * math.pi / bins
+    for panel, row in zip(panels, rows, strict=True):
+        counts = [[0] * bins for _ in record["classes"]]
+        for angle, label in zip(row["angles"], record["labels"], strict=True):
+            counts[label][int(angle % (2 * math.pi) / width) % bins] += 1
+        highest = max(map(sum, zip(*counts, strict=True)))
+        bottom = [1.0] * bins
+        for name, own in zip(record["classes"], counts, strict=True):
+            heights = [count / highest for count in own]
+            middles = [(k + 0.5) * width for k in range(bins)]
+            panel.bar(middles, heights, width, bottom, label=name)
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        panel.set_title(
+            f"{row['encoder']}\nalignment {row['alignment']:.2f}, "
+            f"uniformity {row['uniformity']:.2f}",
+            fontsize=11,
+        )
+        panel.set(ylim=(0, 2), xticks=[], yticks=[1.0], yticklabels=[])
+        panel.spines[:].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    save(figure, out)
+
+
+def draw_gaussian(record, out):
+    """A record of gaussian.py -> two panels of densities, a line for each direction, beside that of
+    the standard Gaussian."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
+    for panel, name in zip(panels, ("untrained", "trained"), strict=True):
+        for number, density in enumerate(record[name], 1):
+            edges = [-4 + 8 * k / len(density) for k in range(len(density) + 1)]
+            panel.stairs(density, edges, label=f"direction {number}")
+        x = [k / 20 for k in range(-80, 81)]
+        y = [math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in x]
+        panel.plot(x, y, color="black", label="standard Gaussian")
+        panel.set(xlabel="z, projected", title=name, ylim=(0, 1.2))
+    panels[0].set_ylabel("density")
+    finish(figure, panels, out)
+
+
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -201,6 +254,8 @@ def main(argv=None):
     parser.add_argument("--few-shot", dest="table", action="store_const", const=few_shot)
     parser.add_argument("--factors", dest="draw", action="store_const", const=draw_factors)
     parser.add_argument("--bound", dest="draw", action="store_const", const=draw_bound)
+    parser.add_argument("--circle", dest="draw", action="store_const", const=draw_circle)
+    parser.add_argument("--gaussian", dest="draw", action="store_const", const=draw_gaussian)
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args(argv)
     try:

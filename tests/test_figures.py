@@ -124,6 +124,36 @@ def test_the_bound_is_drawn_over_the_candidates(tmp_path, drawn):
     assert lines[2] == ("log N", [2, 4], [math.log(2), math.log(4)])
 
 
+def test_images_on_a_circle_are_stacked_class_by_class(tmp_path, monkeypatch):
+    bars = []
+    bar = matplotlib.axes.Axes.bar
+
+    def drawn(panel, middles, heights, width, bottom, **options):
+        bars.append((options["label"], heights, bottom))
+        return bar(panel, middles, heights, width, bottom, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "bar", drawn)
+    row = {"encoder": "trained", "alignment": 0.1, "uniformity": -1}
+    row["angles"] = [0.01, 0.02, -0.01, 0.03, math.pi + 0.01]
+    record = {"classes": ["a", "b"], "labels": [0, 1, 1, 1, 0], "rows": [row, row]}
+    figures.draw_circle(record, tmp_path / "circle.png")
+    (a, heights_a, bottom_a), (b, heights_b, bottom_b) = bars[:2]
+    assert (a, b) == ("a", "b")
+    seen = [heights_a[0], heights_a[24], heights_b[0], heights_b[47]]
+    assert seen == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1 / 3])  # three are in the first direction
+    assert bottom_a == [1.0] * 48
+    assert bottom_b == [1 + height for height in heights_a]
+
+
+def test_densities_are_drawn_beside_the_gaussian(drawn):
+    lines = drawn(
+        {name: [[0.1, 0.2], [0.3, 0.4]] for name in ("untrained", "trained")}, "--gaussian"
+    )
+    assert [label for label, _, _ in lines] == 2 * ["standard Gaussian"]
+    _, x, y = lines[0]
+    assert (min(x), max(x), max(y)) == (-4, 4, pytest.approx(0.3989, abs=1e-4))
+
+
 @pytest.mark.parametrize(
     ("summary", "words", "reason"),
     [
@@ -134,6 +164,8 @@ def test_the_bound_is_drawn_over_the_candidates(tmp_path, drawn):
         ({}, [], "'history'"),
         ({}, ["--factors"], "'rows'"),
         ({}, ["--bound"], "'rows'"),
+        ({}, ["--circle"], "'rows'"),
+        ({}, ["--gaussian"], "'untrained'"),
     ],
 )
 def test_what_has_nothing_to_draw_is_one_line(drawn, summary, words, reason):

@@ -17,8 +17,8 @@ import dino
 import mae
 import rotnet
 import simclr
-from relatives import inpainting
-from results import attention, factors, few_shot, infonce, pictures, zero_shot
+from relatives import inpainting, lejepa
+from results import attention, circle, factors, few_shot, gaussian, infonce, pictures, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,79 @@ def test_the_bound_reaches_a_small_information_and_log_n_below_a_large_one(tmp_p
     assert bounds[1, 128] == pytest.approx(1, abs=0.1)
     assert math.log(8) - 0.3 < bounds[8, 8] < math.log(8)
     assert math.log(128) - 0.5 < bounds[8, 128] < math.log(128)
+
+
+# ==================================================================================================
+# Projections
+# ==================================================================================================
+def test_alignment_and_uniformity_are_the_papers_means():
+    z1, z2 = F.normalize(torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)), dim=2)
+    distances = [(z1[n] - z2[n]).norm().item() ** 2 for n in range(5)]
+    assert circle.alignment(z1, z2) == pytest.approx(sum(distances) / 5)
+    pairs = [(m, n) for n in range(5) for m in range(n)]
+    potentials = [math.exp(-2 * (z1[m] - z1[n]).norm().item() ** 2) for m, n in pairs]
+    assert circle.uniformity(z1) == pytest.approx(math.log(sum(potentials) / len(pairs)))
+    assert circle.uniformity(torch.ones(5, 2)) == 0
+
+
+def test_the_best_uniformity_is_that_of_the_docstring():
+    angles = torch.arange(2000) * 2 * math.pi / 2000
+    best = circle.uniformity(torch.stack([angles.cos(), angles.sin()], dim=1))
+    assert f"on a circle {best:.2f} at best" in circle.__doc__
+
+
+def test_without_negatives_the_loss_is_the_distance_of_two_views():
+    torch.manual_seed(0)
+    args = simclr.parse_args([])
+    model = circle.OnCircle(args)
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    losses = []
+    generator = torch.Generator().manual_seed(0)
+    terms = circle.without_negatives(model, images, args, generator, 0.5, losses.append)
+    assert losses == [terms["loss"]]
+    views = simclr.two_views(images, args, generator.manual_seed(0))
+    z1, z2 = model(common.normalize(views)).chunk(2)
+    assert z1.shape == (6, 2)
+    cosines = [z1[n] @ z2[n] / z1[n].norm() / z2[n].norm() for n in range(6)]
+    torch.testing.assert_close(losses[0], -sum(cosines) / 6)
+
+
+def test_three_encoders_are_measured_on_the_same_images(tmp_path, monkeypatch):
+    whole = SHAPES()
+    part = {"train_captions": None, "test_captions": None}
+    for split, count in (("train", 128), ("test", 50)):
+        for name in ("images", "labels"):
+            part[f"{split}_{name}"] = getattr(whole, f"{split}_{name}")[:count]
+    monkeypatch.setattr(common, "shapes_dataset", lambda: dataclasses.replace(whole, **part))
+    circle.main(["--epochs", "1", "--record", str(tmp_path / "circle.json")])
+    record = json.loads((tmp_path / "circle.json").read_text())
+    rows = {row["encoder"]: row for row in record["rows"]}
+    assert rows.keys() == circle.STEPS.keys()
+    assert len(record["labels"]) == len(rows["trained"]["angles"]) == 50
+    assert len({row["alignment"] for row in rows.values()}) == 3  # none is another's
+
+
+def test_densities_of_a_gaussian(monkeypatch):
+    z = torch.randn(500_000, 2, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Module()
+    model.forward = lambda x: z
+    ((density,)) = gaussian.densities(model, torch.zeros(1, 3, 4, 4), torch.tensor([[0.6], [0.8]]))
+    for k, value in enumerate(density):
+        s = -4 + 8 * (k + 0.5) / gaussian.BINS
+        assert value == pytest.approx(math.exp(-s * s / 2) / math.sqrt(2 * math.pi), abs=0.01)
+
+
+def test_a_run_of_lejepa_has_densities(tiny_shapes, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--dataset", str(tiny_shapes), "--encoder", "small", "--epochs", "1"]
+    args = simclr.parse_args([*flags, "--batch-size", "32", "--out", str(run)], lejepa.Args)
+    simclr.main(args, lejepa.LeJEPA, lejepa.training_step)
+    gaussian.main([str(run), "--record", str(tmp_path / "record.json")])
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["untrained"] != record["trained"]
+    assert [len(density) for density in record["trained"]] == 3 * [gaussian.BINS]
+    with pytest.raises(SystemExit, match="not a finished run of lejepa"):
+        gaussian.main([str(tmp_path)])
 
 
 # ==================================================================================================

@@ -194,6 +194,12 @@ def factor(run, part, name):
     return statistics.mean(factor_scores(RECORDS["factors"], run, part, name))
 
 
+def of_case(table, case, key="linear_probe"):
+    """All seeds of the row of a record of ablation.py that has this name."""
+    (row,) = [row for row in RECORDS[table]["rows"] if row["case"] == case]
+    return [run[key] for run in row["runs"]]
+
+
 def first_probes(table, key="linear_probe"):
     """The linear probes of a record of ablation.py with one seed, row by row."""
     return [row["runs"][0][key] for row in RECORDS[table]["rows"]]
@@ -213,6 +219,7 @@ def moco_run(row):
     return "moco" + re.sub("[^a-z0-9.]+", "-", row["flags"])
 
 
+FEW_LABELS = {"": {"1 %": 40, "10 %": 410}, "-cifar10": {"1 %": 500, "10 %": 5000}}  # rows
 SMALL_BATCHES = {8: 0, 32: 1}  # N: its row; MoCo has two, of one batch-norm group and of two
 
 
@@ -222,6 +229,14 @@ def verdict(on_shapes, on_cifar10=None):
     if len(set(words)) == 1:
         return words[0]
     return f"{words[0]}; CIFAR-10 {words[1]}"
+
+
+def on_both(measure):
+    """measure("") of shapes and measure("-cifar10"), each a cell and whether the claim comes out ->
+    both cells and the verdict: on CIFAR-10 the condition is the same."""
+    shapes, agrees = measure("")
+    photographs, agrees_too = measure("-cifar10")
+    return shapes, photographs, verdict(agrees, agrees_too)
 
 
 def claims():
@@ -372,6 +387,7 @@ def claims_about_contrast():
         verdict(all(row["bound"] < row["information"] + 0.1 for row in rows)),
         "Gaussians, of which the information is known",
     )
+
     one, most = [runs_of("simclr-negatives", row, "linear_probe") for row in (0, 3)]
     some = runs_of("simclr-negatives", 2, "linear_probe")
     yield (
@@ -381,13 +397,16 @@ def claims_about_contrast():
         verdict(min(most) > max(one)),
         "up to some thirty; there are ten kinds of thing only",
     )
-    plain, both = [runs_of("simclr-views", row, "linear_probe") for row in (0, 3)]
-    uncropped = runs_of("simclr-views", 4, "linear_probe")
+
+    def color_distortion(data):
+        plain, both = [of_case(f"simclr-views{data}", x) for x in ("crop and flip", "with both")]
+        cell = f"crop and flip {mean(plain)}, with jitter and gray {mean(both)}"
+        return cell, min(both) > max(plain)
+
+    uncropped = of_case("simclr-views", "with both, without crops")
     yield (
         "crops need color distortion, or color alone tells images apart",
-        f"crop and flip {mean(plain)}, with jitter and gray {mean(both)}",
-        "",
-        verdict(min(both) > max(plain)),
+        *on_both(color_distortion),
         f"here color distortion does nearly all: without crops {mean(uncropped)}",
     )
     sides = [factor("simclr-shapes", part, "place, left-right") for part in "hz"]
@@ -400,15 +419,18 @@ def claims_about_contrast():
         verdict(sides[0] > sides[1] + 0.2),
         "color as well: see the table of factors",
     )
-    head = [runs_of("simclr-head", row, "linear_probe") for row in (0, 1, 2)]
+
+    def heads(data):
+        head = [runs_of(f"simclr-head{data}", row, "linear_probe") for row in (0, 1, 2)]
+        cell = f"none {mean(head[0])}, linear {mean(head[1])}, mlp {mean(head[2])}"
+        return cell, statistics.mean(head[2]) > max(map(statistics.mean, head[:2]))
+
     color = [factor("simclr-projection-none", "h", "its color")]
     color.append(factor("simclr-shapes", "h", "its color"))
     yield (
         "a nonlinear head makes h better than a linear one, or none",
-        f"kind: none {mean(head[0])}, linear {mean(head[1])}, mlp {mean(head[2])}",
-        "not yet",
-        verdict(statistics.mean(head[2]) > max(map(statistics.mean, head[:2]))),
-        f"kind is what views keep; of what they change h keeps more with a head: color "
+        *on_both(heads),
+        f"on CIFAR-10 both are better than none; of what views change h keeps more with a head: color "
         f"{percent(color[1])}, without {percent(color[0])}",
     )
     ours = seeds("simclr")
@@ -422,38 +444,47 @@ def claims_about_contrast():
         verdict(min(h) > max(z), gpu["knn"] > gpu["knn_z"]),
         "in z the kind is nearly all that is left",
     )
-    v1, mlp, aug = [runs_of("moco-versions", row, "linear_probe") for row in (0, 1, 2)]
+
+    def over_version_1(case):
+        def measure(data):
+            first, other = [of_case(f"moco-versions{data}", name) for name in ("v1", case)]
+            return f"{mean(first)} → {mean(other)}", statistics.mean(other) > statistics.mean(first)
+
+        return measure
+
     known = RECORDS["moco-versions-factors"]
     names = [moco_run(row) for row in RECORDS["moco-versions"]["rows"][:2]]
     colors = [statistics.mean(factor_scores(known, run, "h", "its color")) for run in names]
     yield (
         "MoCo: an MLP head is better",
-        f"{mean(v1)} → {mean(mlp)}",
-        "not yet",
-        verdict(statistics.mean(mlp) > statistics.mean(v1)),
+        *on_both(over_version_1("(a) MLP")),
         f"kind is what views keep; of color, which they change, h keeps {percent(*colors)}",
     )
     yield (
         "MoCo: stronger augmentation is better",
-        f"{mean(v1)} → {mean(aug)}",
-        "not yet",
-        verdict(statistics.mean(aug) > statistics.mean(v1)),
-        "color distortion, which matters, is in both; what is added is blur",
+        *on_both(over_version_1("(b) aug+")),
+        "aug+ adds blur, and jitters the hue less",
     )
-    queue = [record["trained"]["linear_probe"] for record in seeds("moco")]
-    batch = [record["trained"]["linear_probe"] for record in seeds("simclr")]
-    pairs = {}
-    for N, row in SMALL_BATCHES.items():
-        one_group = runs_of("moco-small-batches", 2 * row, "linear_probe")
-        pairs[N] = one_group, runs_of("simclr-small-batches", row, "linear_probe")
-    pairs[64] = queue, batch
-    small = [trained(f"{method}-cifar10-small-seed0") for method in ("moco", "simclr")]
+
+    def moco_and_simclr(data, row):
+        queue = runs_of(f"moco-small-batches{data}", 2 * row, "linear_probe")  # with one group
+        return queue, runs_of(f"simclr-small-batches{data}", row, "linear_probe")
+
+    pairs = {N: moco_and_simclr("", row) for N, row in SMALL_BATCHES.items()}
+    pairs[64] = [[r["trained"]["linear_probe"] for r in seeds(m)] for m in ("moco", "simclr")]
+    photographs = {32: moco_and_simclr("-cifar10", 0)}
+    photographs[128] = [[trained(f"{m}-cifar10-small-seed0")] for m in ("moco", "simclr")]
+    cells = []
+    verdicts = []
+    for data in (pairs, photographs):
+        cell = [f"N = {N}: {mean(a)}, SimCLR {mean(b)}" for N, (a, b) in data.items()]
+        cells.append("; ".join(cell))
+        wins = [f"N = {N} {verdict(min(a) > max(b))}" for N, (a, b) in data.items()]
+        verdicts.append(", ".join(wins))
     yield (
         "MoCo v2 is better than SimCLR at the same small batch",
-        "; ".join(f"N = {N}: {mean(a)}, SimCLR {mean(b)}" for N, (a, b) in pairs.items()),
-        f"N = 128: {percent(small[0])}, {percent(small[1])}",
-        ", ".join(f"N = {N} {verdict(min(a) > max(b))}" for N, (a, b) in pairs.items())
-        + f"; CIFAR-10 {verdict(small[0] > small[1])}",
+        *cells,
+        "; CIFAR-10 ".join(verdicts),
         "the smaller the batch, the more a queue is worth",
     )
     memory = {}
@@ -479,6 +510,7 @@ def claims_about_contrast():
         f"CPU {verdict(rate['moco'] > rate['simclr'])}, H200 {verdict(seconds[0] < seconds[1])}",
         "less arithmetic; why it takes longer on a GPU is open",
     )
+
     rows = RECORDS["simclr-labels"]["rows"]
     crops = rows[1]["runs"][0]  # of the rows in which both are trained four times as long
     views = rows[3]["runs"][0]
@@ -655,24 +687,32 @@ def factors():
         yield title, *[cell(factor, value) for factor, value in scores.items()]
 
 
+DATA = {"shapes": "", "CIFAR-10": "-cifar10"}  # how names of records of ablation.py end
+
+
 def simclr_head():
-    yield "head", "kind: linear probe on h", "on z", "kNN on h", "on z", "color: on h", "on z"
+    probes = "linear probe on h", "on z", "kNN on h", "on z"
+    yield "data", "head", *probes, "color: linear probe on h", "on z"
     names = {"none": "projection-none", "linear": "projection-linear", "mlp": "shapes"}
-    for row in RECORDS["simclr-head"]["rows"]:
-        keys = ("linear_probe", "linear_probe_z", "knn", "knn_z")
-        kinds = [spread_of(row, key) if key in row["runs"][0] else "" for key in keys]
-        run = f"simclr-{names[row['case']]}"
-        colors = [factor_scores(RECORDS["factors"], run, part, "its color") for part in "hz"]
-        yield row["case"], *kinds, *[spread(values) if values else "" for values in colors]
+    for title, data in DATA.items():
+        for row in RECORDS[f"simclr-head{data}"]["rows"]:
+            keys = ("linear_probe", "linear_probe_z", "knn", "knn_z")
+            kinds = [spread_of(row, key) if key in row["runs"][0] else "" for key in keys]
+            run = f"simclr-{names[row['case']]}"
+            known = [factor_scores(RECORDS["factors"], run, part, "its color") for part in "hz"]
+            colors = [spread(values) if values else "" for values in known]
+            yield title, row["case"], *kinds, *(["", ""] if data else colors)
 
 
 def simclr_views():
-    yield "views", "linear probe: kind", "kNN: kind", "linear probe: color"
+    yield "data", "views", "linear probe", "kNN", "color: linear probe"
     names = ("jitter-strength-0-gray-0", "gray-0", "jitter-strength-0", "shapes", "crop-1")
     for row, name in zip(RECORDS["simclr-views"]["rows"], names, strict=True):
         colors = factor_scores(RECORDS["factors"], f"simclr-{name}", "h", "its color")
         kinds = [spread_of(row, key) for key in ("linear_probe", "knn")]
-        yield row["case"], *kinds, spread(colors)
+        yield "shapes", row["case"], *kinds, spread(colors)
+    for case, *kinds in ablation("simclr-views-cifar10", "linear_probe", "knn"):
+        yield "CIFAR-10", case, *kinds, ""
 
 
 def simclr_negatives():
@@ -735,22 +775,28 @@ MAE_COLUMNS = ("lecture, fine-tuned", "lecture, linear", "fine-tuned", "linear p
 
 
 def moco_versions():
-    yield "version", "lecture", "linear probe: kind", "kNN: kind", "color", "light, left-right, R²"
+    probes = "linear probe", "kNN"
+    yield "data", "version", "lecture", *probes, "color", "light, left-right, R²"
     kinds = ablation("moco-versions", "linear_probe", "knn")
     known = RECORDS["moco-versions-factors"]
     for row, cells in zip(RECORDS["moco-versions"]["rows"], kinds, strict=True):
         color = factor_scores(known, moco_run(row), "h", "its color")
         light = statistics.mean(factor_scores(known, moco_run(row), "h", "light, left-right"))
-        yield *cells, spread(color), f"{light:.2f}"
+        yield "shapes", *cells, spread(color), f"{light:.2f}"
+    for cells in ablation("moco-versions-cifar10", "linear_probe", "knn"):
+        yield "CIFAR-10", *cells, "", ""
 
 
 def small_batches():
-    yield "batch N", "SimCLR", "MoCo v2, one batch-norm group", "two batch-norm groups"
+    yield "data", "batch N", "SimCLR", "MoCo v2, one batch-norm group", "two batch-norm groups"
     simclr = RECORDS["simclr-small-batches"]["rows"]
     moco = RECORDS["moco-small-batches"]["rows"]
     for N, number in SMALL_BATCHES.items():
         rows = simclr[number], moco[2 * number], moco[2 * number + 1]
-        yield f"{N}", *[spread_of(row, "linear_probe") for row in rows]
+        yield "shapes", f"{N}", *[spread_of(row, "linear_probe") for row in rows]
+    names = "simclr-small-batches-cifar10", "moco-small-batches-cifar10"
+    cells = [spread_of(RECORDS[name]["rows"][0], "linear_probe") for name in names]
+    yield "CIFAR-10", "32", *cells, ""
 
 
 def memory():

@@ -130,6 +130,9 @@ def mean_of(name, row, key):
 
 def findings():
     """What sentences in results/README.md say."""
+    plain, both = [mean_of("simclr-views-cifar10", row, "linear_probe") for row in (0, 1)]
+    assert round(100 * (both - plain)) == 9
+    yield "cost nine points"
     v1 = mean_of("moco-versions", 0, "linear_probe")
     with_head = mean_of("moco-versions", 1, "linear_probe")
     assert round(100 * (v1 - with_head)) == 7

@@ -430,8 +430,8 @@ def claims_about_contrast():
     yield (
         "a nonlinear head makes h better than a linear one, or none",
         *on_both(heads),
-        f"on CIFAR-10 both are better than none; of what views change h keeps more with a head: color "
-        f"{percent(color[1])}, without {percent(color[0])}",
+        "on CIFAR-10 both are better than none; of what views change h keeps more with a head: "
+        f"color {percent(color[1])}, without {percent(color[0])}",
     )
     ours = seeds("simclr")
     h, z = [[record["trained"][key] for record in ours] for key in ("knn", "knn_z")]

@@ -5,11 +5,12 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHAPES
+from conftest import SHAPES, assert_same, load, spy
 
 import clip
 import common
@@ -18,7 +19,17 @@ import mae
 import rotnet
 import simclr
 from relatives import inpainting, lejepa
-from results import attention, circle, factors, few_shot, gaussian, infonce, pictures, zero_shot
+from results import (
+    attention,
+    circle,
+    factors,
+    few_shot,
+    fine_tuned,
+    gaussian,
+    infonce,
+    pictures,
+    zero_shot,
+)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +137,33 @@ def test_a_run_of_lejepa_has_densities(tiny_shapes, tmp_path):
     assert [len(density) for density in record["trained"]] == 3 * [gaussian.BINS]
     with pytest.raises(SystemExit, match="not a finished run of lejepa"):
         gaussian.main([str(tmp_path)])
+
+
+# ==================================================================================================
+# Fine-tuning
+# ==================================================================================================
+def test_both_are_fine_tuned_by_maes_recipe(tiny_shapes, tmp_path, monkeypatch):
+    flags = ["--dataset", str(tiny_shapes), "--encoder", "small", "--epochs", "1"]
+    flags += ["--batch-size", "32"]
+    for figure in ("save_attention", "save_parts"):
+        monkeypatch.setattr(dino, figure, lambda *_: None)
+    runs = []
+    for script in (mae, dino):
+        runs.append(str(tmp_path / script.__name__))
+        script.main(script.parse_args([*flags, "--out", runs[-1]]))
+    calls = spy(monkeypatch, mae, "fine_tune")
+    record = tmp_path / "record.json"
+    fine_tuned.main([*runs, "--epochs", "1", "--record", str(record)])
+    rows = json.loads(record.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["mae", "dino"]
+    assert all(0 <= row[key] <= 1 for row in rows for key in ("fine_tuned", "from_scratch"))
+    assert [layer_decay for *_, layer_decay in calls] == [0.75, 1.0] * 2
+    for run, (trained, _, args, _), (scratch, *_) in zip(
+        runs, calls[::2], calls[1::2], strict=True
+    ):
+        assert args.fine_tune_epochs == 1
+        assert_same(dict(trained.state_dict()), load(Path(run) / "encoder.pt"))
+        assert not torch.equal(trained.cls_token, scratch.cls_token)
 
 
 # ==================================================================================================

@@ -255,7 +255,7 @@ TABLES = {
         ("1", "", [], "negatives-1"),
         ("7", "", [], "negatives-7"),
         ("31", "", [], "negatives-31"),
-        ("126, all", "", []),
+        ("all", "", []),
     ]),
     "simclr-labels": Table("simclr", FEW_LABELS, "--labels 0.01 0.1", [
         ("crops and flips", "", [], "tuned-by-crops"),

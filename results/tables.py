@@ -388,14 +388,17 @@ def claims_about_contrast():
         "Gaussians, of which the information is known",
     )
 
-    one, most = [runs_of("simclr-negatives", row, "linear_probe") for row in (0, 3)]
-    some = runs_of("simclr-negatives", 2, "linear_probe")
+    def negatives(data):
+        few, some, all_others = [
+            runs_of(f"simclr-negatives{data}", row, "linear_probe") for row in (0, 2, 3)
+        ]
+        cell = f"of one batch: 1 {mean(few)}, 31 {mean(some)}, all {mean(all_others)}"
+        return cell, min(all_others) > max(few)
+
     yield (
         "many negatives help",
-        f"of one batch: 1 {mean(one)}, 31 {mean(some)}, all 126 {mean(most)}",
-        "",
-        verdict(min(most) > max(one)),
-        "up to some thirty; there are ten kinds of thing only",
+        *on_both(negatives),
+        "on shapes up to some thirty; there are ten kinds of thing only",
     )
 
     def color_distortion(data):
@@ -716,8 +719,10 @@ def simclr_views():
 
 
 def simclr_negatives():
-    yield "negatives", "linear probe", "kNN"
-    yield from ablation("simclr-negatives", "linear_probe", "knn")
+    yield "data", "negatives", "linear probe", "kNN"
+    for title, data in DATA.items():
+        for cells in ablation(f"simclr-negatives{data}", "linear_probe", "knn"):
+            yield title, *cells
 
 
 def few_labels():

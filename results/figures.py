@@ -216,11 +216,8 @@ def draw_circle(record, out):
             middles = [(k + 0.5) * width for k in range(bins)]
             panel.bar(middles, heights, width, bottom, label=name)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        panel.set_title(
-            f"{row['encoder']}\nalignment {row['alignment']:.2f}, "
-            f"uniformity {row['uniformity']:.2f}",
-            fontsize=11,
-        )
+        terms = [f"{key} {round(row[key], 2) + 0:.2f}" for key in ("alignment", "uniformity")]
+        panel.set_title(f"{row['encoder']}\n{', '.join(terms)}", fontsize=11)  # + 0: none is -0.00
         panel.set(ylim=(0, 2), xticks=[], yticks=[1.0], yticklabels=[])
         panel.spines[:].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()

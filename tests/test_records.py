@@ -133,6 +133,10 @@ def findings():
     plain, both = [mean_of("simclr-views-cifar10", row, "linear_probe") for row in (0, 1)]
     assert round(100 * (both - plain)) == 9
     yield "cost nine points"
+    before, after, collapsed = tables.RECORDS["circle"]["rows"]
+    yield f"from {before['uniformity']:.2f} to {after['uniformity']:.2f}"
+    assert after["alignment"] < before["alignment"]
+    assert collapsed["uniformity"] > -0.01
     v1 = mean_of("moco-versions", 0, "linear_probe")
     with_head = mean_of("moco-versions", 1, "linear_probe")
     assert round(100 * (v1 - with_head)) == 7

@@ -955,6 +955,7 @@ def all_methods():
             "moco": "MoCo v2",
             "barlow_twins": "Barlow Twins",
             "vicreg": "VICReg",
+            "lejepa": "LeJEPA",
             "swav": "SwAV",
             "simsiam": "SimSiam",
             "byol": "BYOL",

@@ -137,6 +137,14 @@ def findings():
     yield f"from {before['uniformity']:.2f} to {after['uniformity']:.2f}"
     assert after["alignment"] < before["alignment"]
     assert collapsed["uniformity"] > -0.01
+    middles = [(k + 0.5) / 5 - 4 for k in range(40)]
+    normal = [math.exp(-s * s / 2) / math.sqrt(2 * math.pi) for s in middles]
+    distance = {}
+    for name in ("untrained", "trained"):
+        for density in tables.RECORDS["lejepa-gaussian"][name]:
+            errors = [abs(a - b) for a, b in zip(density, normal, strict=True)]
+            distance.setdefault(name, []).append(statistics.mean(errors))
+    assert max(distance["trained"]) < 0.5 * min(distance["untrained"])
     v1 = mean_of("moco-versions", 0, "linear_probe")
     with_head = mean_of("moco-versions", 1, "linear_probe")
     assert round(100 * (v1 - with_head)) == 7

@@ -216,7 +216,7 @@ class Network(nn.Module):
         return self.head(torch.cat([self.encoder.tokens(x)[:, 0] for x in views]))
 
     def head(self, tokens):
-        """Class tokens (B, D) -> logits (B, K)."""
+        """Tokens (B, D) -> logits (B, K)."""
         z = F.normalize(self.mlp(tokens), dim=1)  # (B, bottleneck)
         directions = F.normalize(self.last_layer.weight, dim=1)  # (K, bottleneck)
         return z @ directions.T

@@ -65,13 +65,12 @@ class IBOT(dino.DINO):
         small = [self.student.encoder.tokens(x)[:, 0] for x in local_views]
         class_tokens = torch.cat([tokens[:, 0], *small])
         whole = self.teacher.encoder.tokens(views)
-        class_logits = self.student.head(class_tokens), self.teacher.head(whole[:, 0])
-        hidden = tokens[:, 1:][mask], whole[:, 1:][mask]  # (M, D) each
         return (
             class_tokens,
-            *class_logits,
-            self.student.head(hidden[0]),
-            self.teacher.head(hidden[1]),
+            self.student.head(class_tokens),
+            self.teacher.head(whole[:, 0]),
+            self.student.head(tokens[:, 1:][mask]),
+            self.teacher.head(whole[:, 1:][mask]),
         )
 
 

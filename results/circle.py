@@ -68,11 +68,10 @@ def uniformity(z):
     return F.pdist(z).square().mul(-2).exp().mean().log().item()
 
 
-def encoder_of(step, epochs, seed):
+def encoder_of(step, epochs):
     """A run in a folder that is not kept -> its model."""
-    words = ["--seed", seed, "--epochs", epochs, "--eval-every", 100, "--temperature", 0.5]
-    args = simclr.parse_args(list(map(str, words)))
-    torch.manual_seed(seed)
+    args = simclr.parse_args(["--epochs", str(epochs), "--temperature", "0.5"])
+    torch.manual_seed(args.seed)
     model = OnCircle(args)  # with the weights that the run begins with
     if step:
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +99,6 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=12, help="of each run")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
     if args.record and not args.record.parent.is_dir():
@@ -111,7 +109,7 @@ def main(argv=None):
     content |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu", "torch": torch.__version__}
     content |= {"classes": data.classes, "labels": data.test_labels[:1000].tolist(), "rows": []}
     for name, step in STEPS.items():
-        model = encoder_of(step, args.epochs, args.seed)
+        model = encoder_of(step, args.epochs)
         row = {"encoder": name} | measure(model, images, simclr.parse_args([]))
         content["rows"].append(row)
         print(f"{name:28}alignment {row['alignment']:.2f}  uniformity {row['uniformity']:.2f}")

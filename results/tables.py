@@ -219,7 +219,6 @@ def moco_run(row):
     return "moco" + re.sub("[^a-z0-9.]+", "-", row["flags"])
 
 
-FEW_LABELS = {"": {"1 %": 40, "10 %": 410}, "-cifar10": {"1 %": 500, "10 %": 5000}}  # rows
 SMALL_BATCHES = {8: 0, 32: 1}  # N: its row; MoCo has two, of one batch-norm group and of two
 
 
@@ -513,7 +512,6 @@ def claims_about_contrast():
         f"CPU {verdict(rate['moco'] > rate['simclr'])}, H200 {verdict(seconds[0] < seconds[1])}",
         "less arithmetic; why it takes longer on a GPU is open",
     )
-
     rows = RECORDS["simclr-labels"]["rows"]
     crops = rows[1]["runs"][0]  # of the rows in which both are trained four times as long
     views = rows[3]["runs"][0]

@@ -219,6 +219,7 @@ def moco_run(row):
     return "moco" + re.sub("[^a-z0-9.]+", "-", row["flags"])
 
 
+FEW_LABELS = {"": {"1 %": 40, "10 %": 410}, "-cifar10": {"1 %": 500, "10 %": 5000}}  # rows
 SMALL_BATCHES = {8: 0, 32: 1}  # N: its row; MoCo has two, of one batch-norm group and of two
 
 
@@ -512,23 +513,25 @@ def claims_about_contrast():
         f"CPU {verdict(rate['moco'] > rate['simclr'])}, H200 {verdict(seconds[0] < seconds[1])}",
         "less arithmetic; why it takes longer on a GPU is open",
     )
-    rows = RECORDS["simclr-labels"]["rows"]
-    crops = rows[1]["runs"][0]  # of the rows in which both are trained four times as long
-    views = rows[3]["runs"][0]
-    on_cifar10 = RECORDS["simclr-cifar10-small-labels"]["semi_supervised"]
-    for share, count, cifar10 in zip(("1 %", "10 %"), (40, 410), on_cifar10, strict=True):
-        by_crops = crops[f"fine_tuned_{count}"], crops[f"from_scratch_{count}"]
-        by_views = views[f"fine_tuned_{count}"], views[f"from_scratch_{count}"]
-        photographs = cifar10["fine_tuned"], cifar10["from_scratch"]
-        # With one seed, less than a point is no difference.
-        wins = [tuned - scratch > 0.01 for tuned, scratch in (by_crops, photographs)]
+
+    def tuned(share, views):
+        def measure(data):
+            count = FEW_LABELS[data][share]
+            run = f"simclr-labels{data}", f"{views}, four times as long"
+            (pretrained,) = of_case(*run, f"fine_tuned_{count}")
+            (scratch,) = of_case(*run, f"from_scratch_{count}")
+            cell = f"{percent(pretrained)}, from scratch {percent(scratch)}"
+            return cell, pretrained - scratch > 0.01  # with one seed, less is no difference
+
+        return measure
+
+    for share in ("1 %", "10 %"):
+        by_views = tuned(share, "views of pretraining")
         yield (
             f"fine-tuned with {share} of the labels, pretraining wins",
-            f"{percent(by_crops[0])}, from scratch {percent(by_crops[1])}",
-            f"{percent(photographs[0])}, from scratch {percent(photographs[1])}",
-            verdict(*wins),
+            *on_both(tuned(share, "crops and flips")),
             "by crops and flips; by the views of pretraining, which carry what it teaches: "
-            f"{percent(by_views[0])}, from scratch {percent(by_views[1])}; one seed",
+            f"{by_views('')[0]}; CIFAR-10 {by_views('-cifar10')[0]}; one seed",
         )
 
 
@@ -726,13 +729,12 @@ def simclr_negatives():
 def few_labels():
     yield "data", "views", "labels", "linear probe, frozen", "fine-tuned", "from scratch"
     keys = ("linear_probe", "fine_tuned", "from_scratch")
-    for row in RECORDS["simclr-labels"]["rows"]:
-        (run,) = row["runs"]
-        for count in (40, 410):
-            yield "shapes", row["case"], f"{count}", *[percent(run[f"{k}_{count}"]) for k in keys]
-    for line in RECORDS["simclr-cifar10-small-labels"]["semi_supervised"]:
-        cells = [percent(line[key]) for key in keys]
-        yield "CIFAR-10 †", "views of pretraining", f"{line['labels']:,}", *cells
+    for title, data in DATA.items():
+        for row in RECORDS[f"simclr-labels{data}"]["rows"]:
+            (run,) = row["runs"]
+            for count in FEW_LABELS[data].values():
+                cells = [percent(run[f"{key}_{count}"]) for key in keys]
+                yield title, row["case"], f"{count:,}", *cells
 
 
 def rotnet_blocks():

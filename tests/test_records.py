@@ -133,6 +133,15 @@ def findings():
     plain, both = [mean_of("simclr-views-cifar10", row, "linear_probe") for row in (0, 1)]
     assert round(100 * (both - plain)) == 9
     yield "cost nine points"
+    for row in tables.RECORDS["simclr-labels-cifar10"]["rows"]:
+        (run,) = row["runs"]
+        gain = {n: 100 * (run[f"fine_tuned_{n}"] - run[f"from_scratch_{n}"]) for n in (500, 5000)}
+        assert min(gain.values()) > 0
+        if row["case"].startswith("crops"):
+            assert round(gain[500]) == 8
+        if row["case"].endswith("as long"):
+            assert gain[5000] > 1
+    yield "with 500 labels by 8 points"
     before, after, collapsed = tables.RECORDS["circle"]["rows"]
     yield f"from {before['uniformity']:.2f} to {after['uniformity']:.2f}"
     assert after["alignment"] < before["alignment"]

@@ -11,7 +11,8 @@ are added, so the texts shape the common space, and the views the features below
 
     python relatives/slip.py --dataset data/flickr8k --compile       clip.py's flags, and some more
 
-A step takes three times as long as CLIP's. The paper's SimCLR head has one layer more.
+Each image is encoded three times, where CLIP does it once. The paper's SimCLR head has one layer
+more.
 """
 
 import dataclasses

@@ -929,6 +929,15 @@ def clip_few_shot():
         )
 
 
+def clip_relatives():
+    measures = "zero-shot", "unseen pairs", "caption finds image @10", "linear probe"
+    yield "method", *measures, "16 labels per class"
+    keys = "zero_shot", "zero_shot_unseen", "text_to_image_r10", "linear_probe"
+    for method, title in {"clip": "CLIP", "siglip": "SigLIP", "slip": "SLIP"}.items():
+        record = RECORDS[f"{method}-shapes-seed0"]
+        yield title, *[change(key, record) for key in (*keys, "linear_probe_16_per_class")]
+
+
 def clip_flickr8k():
     yield "recall", "@1", "@5", "@10"
     record = RECORDS["clip-flickr8k-small-seed0"]
@@ -959,6 +968,7 @@ def all_methods():
             "swav": "SwAV",
             "simsiam": "SimSiam",
             "byol": "BYOL",
+            "supcon": "SupCon, with labels",
             "clip": "CLIP",
         },
         "NiN": {
@@ -1038,8 +1048,8 @@ TABLES = {
         rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, small_batches,
         memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_decoder_depth, mae_speed,
         dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
-        clip_captions, clip_few_shot, clip_flickr8k, clip_split, all_methods, without_negatives,
-        relative_patches, colorization, inpainting, speed,
+        clip_captions, clip_few_shot, clip_relatives, clip_flickr8k, clip_split, all_methods,
+        without_negatives, relative_patches, colorization, inpainting, speed,
     )
 }  # fmt: skip
 MAE_TABLES = {  # name: its first column, and the record

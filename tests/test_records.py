@@ -182,6 +182,10 @@ def findings():
     assert 18 < flickr8k["trained"]["text_to_image_r10"] / (10 / 1000) < 22  # ten of 1,000 images
     yield "about twenty times as much as chance"
     yield f"{percent(flickr8k['unknown_words'])} of the words"
+    names = [f"clip-shapes-seed{seed}" for seed in range(3)] + ["slip-shapes-seed0"]
+    *clip, slip = [tables.RECORDS[name]["trained"]["zero_shot_unseen"] for name in names]
+    assert min(clip) < slip < max(clip)
+    assert tables.RECORDS["siglip-shapes-seed0"]["trained"]["zero_shot_unseen"] < min(clip)
     zero_shot = tables.RECORDS["clip-flickr8k-small-zero-shot-cifar10"]["zero_shot"]
     yield f"zero-shot, {percent(zero_shot)}"
     solved = tables.RECORDS["jigsaw-shapes-seed0"]["pretext_task"]["permutation"]

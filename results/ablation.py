@@ -232,6 +232,9 @@ class Table:
 PROBES = ("linear_probe", "knn")
 RECALLS = ("text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "val_recall")
 FEW_LABELS = ("fine_tuned_40", "from_scratch_40", "fine_tuned_410", "from_scratch_410")
+FEW_OF_CIFAR10 = ("fine_tuned_500", "from_scratch_500", "fine_tuned_5000", "from_scratch_5000")
+ZERO_SHOT = ("zero_shot", "zero_shot_unseen", "text_to_image_r10", "linear_probe")
+BATCHES = [(f"N = {N}", f"--batch-size {N}", []) for N in (16, 32, 64, 128)]
 MAE = ("mae", ("fine_tuned", "linear_probe", "from_scratch"), "--fine-tune")
 PLAIN = "--jitter-strength 0 --gray 0"  # crops and flips only
 
@@ -301,6 +304,8 @@ TABLES = {
         ("50 %", "", [], "kinds-named-0.5"),
         ("100 %", "", []),
     ]),
+    "clip-batches": Table("clip", ZERO_SHOT, "", BATCHES),
+    "siglip-batches": Table("siglip", ZERO_SHOT, "", BATCHES),
     "clip-split": Table("clip", RECALLS, "--dataset data/flickr8k --encoder small --eval-every 5", [
         ("by image", "", []),
         ("by caption", "", [], "split-by-caption"),
@@ -362,8 +367,11 @@ def on_cifar10(name, flags, numbers):
 TABLES |= {
     "simclr-head-cifar10": on_cifar10("simclr-head", "--epochs 20", [0, 1, 2]),
     "simclr-views-cifar10": on_cifar10("simclr-views", "--epochs 20", [0, 3]),
-    "simclr-labels-cifar10": on_cifar10(
-        "simclr-labels", f"--init {PRETRAINED} --epochs 0 --labels 0.01 0.1", [0, 1, 2, 3]
+    "simclr-labels-cifar10": dataclasses.replace(
+        on_cifar10(
+            "simclr-labels", f"--init {PRETRAINED} --epochs 0 --labels 0.01 0.1", [0, 1, 2, 3]
+        ),
+        columns=FEW_OF_CIFAR10,
     ),
     "simclr-negatives-cifar10": on_cifar10("simclr-negatives", "--epochs 10", [0, 1, 2, 3]),
     "simclr-small-batches-cifar10": on_cifar10("simclr-small-batches", "--epochs 10", [1]),

@@ -118,10 +118,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of dino.py on shapes")
+    parser.add_argument("runs", type=Path, nargs="+", help="runs of dino.py or ibot.py on shapes")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
-    factors.check(parser, args.runs, ["dino"], args.record)
+    factors.check(parser, args.runs, ["dino", "ibot"], args.record)
     few = []
     for scenes, images in factors.draw():
         few.append(({key: value[:COUNT] for key, value in scenes.items()}, images[:COUNT]))

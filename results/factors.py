@@ -35,7 +35,15 @@ import mae
 import moco
 import rotnet
 import simclr
-from relatives import colorization, inpainting, jigsaw, relative_patch
+from relatives import (
+    colorization,
+    ibot,
+    inpainting,
+    jigsaw,
+    lejepa,
+    relative_patch,
+    supcon,
+)
 from results.ablation import commit_of_the_code
 
 
@@ -115,6 +123,8 @@ def chance(y):
 # === Networks =====================================================================================
 MODELS = {  # method: its module, and the class of its model
     "simclr": (simclr, simclr.SimCLR),
+    "supcon": (supcon, simclr.SimCLR),
+    "lejepa": (lejepa, lejepa.LeJEPA),
     "moco": (moco, moco.MoCo),
     "rotnet": (rotnet, rotnet.RotNet),
     "relative_patch": (relative_patch, relative_patch.PatchNetwork),
@@ -123,6 +133,7 @@ MODELS = {  # method: its module, and the class of its model
     "inpainting": (inpainting, inpainting.ContextEncoder),
     "mae": (mae, mae.build_mae),
     "dino": (dino, dino.DINO),
+    "ibot": (ibot, ibot.IBOT),
 }
 UNTRAINED = {  # which encoder a method begins with
     "simclr": "ResNet",
@@ -136,13 +147,13 @@ UNTRAINED = {  # which encoder a method begins with
 
 def parts_of(method, model):
     """A model -> {part: network from normalized images (B, 3, 32, 32) to features (B, D)}."""
-    if method == "simclr":
+    if method in ("simclr", "supcon", "lejepa"):
         return {"h": model.encoder, "z": model} if len(model.projector) else {"h": model.encoder}
     if method == "moco":
         return {"h": model.query_encoder[0], "z": model.query_encoder}
     if method == "mae":
         return {"patch tokens": mae.PatchMean(model.encoder)}
-    if method == "dino":
+    if method in ("dino", "ibot"):
         return {"all tokens": model.teacher.encoder}
     if method == "clip":
         space = nn.Sequential(model.encoder, model.image_projection)

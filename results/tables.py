@@ -362,15 +362,21 @@ def claims_about_pretext_tasks():
         verdict(sharp[1] > sharp[0] + 0.05),
         "at weight 1; at the paper's 0.001 nothing changes",
     )
-    lines = RECORDS["rotnet-shapes-labels"]["semi_supervised"]
-    few, many = lines[0], lines[-1]
+
+    def few_and_many(data):
+        lines = RECORDS[f"rotnet{data or '-shapes'}-labels"]["semi_supervised"]
+        few, many = lines[0], lines[-1]
+        cells = [
+            f"{line['labels']:,} labels: {percent(line['frozen'])}, from scratch "
+            f"{percent(line['from_scratch'])}"
+            for line in (few, many)
+        ]
+        wins = few["frozen"] > few["from_scratch"] and many["frozen"] < many["from_scratch"]
+        return "; ".join(cells), wins
+
     yield (
         "RotNet's frozen blocks win with few labels, and lose with many",
-        f"{few['labels']} labels: {percent(few['frozen'])}, from scratch "
-        f"{percent(few['from_scratch'])}; {many['labels']:,}: {percent(many['frozen'])}, "
-        f"{percent(many['from_scratch'])}",
-        "",
-        verdict(few["frozen"] > few["from_scratch"] and many["frozen"] < many["from_scratch"]),
+        *on_both(few_and_many),
         "",
     )
 
@@ -738,13 +744,14 @@ def few_labels():
 
 
 def rotnet_blocks():
-    yield "features of", "linear probe", "kNN", "three layers", "convolutional"
-    blocks = RECORDS["rotnet-shapes-labels"]["blocks"]
-    pairs = zip(blocks["untrained"], blocks["trained"], strict=True)
-    for number, (before, after) in enumerate(pairs, 1):
-        keys = ("linear_probe", "knn", "nonlinear", "conv")
-        cells = [percent(before[key], after[key]) if key in after else "" for key in keys]
-        yield f"block {number}", *cells
+    yield "data", "features of", "linear probe", "kNN", "three layers", "convolutional"
+    keys = ("linear_probe", "knn", "nonlinear", "conv")
+    for title, data in DATA.items():
+        blocks = RECORDS[f"rotnet{data or '-shapes'}-labels"]["blocks"]
+        pairs = zip(blocks["untrained"], blocks["trained"], strict=True)
+        for number, (before, after) in enumerate(pairs, 1):
+            cells = [percent(before[key], after[key]) if key in after else "" for key in keys]
+            yield title, f"block {number}", *cells
 
 
 def rotnet_rotations():
@@ -761,9 +768,11 @@ def any_angle():
 
 
 def rotnet_labels():
-    yield "labels", "on pretrained, frozen blocks", "the same network from scratch"
-    for line in RECORDS["rotnet-shapes-labels"]["semi_supervised"]:
-        yield f"{line['labels']:,}", percent(line["frozen"]), percent(line["from_scratch"])
+    yield "data", "labels", "on pretrained, frozen blocks", "the same network from scratch"
+    for title, data in DATA.items():
+        for line in RECORDS[f"rotnet{data or '-shapes'}-labels"]["semi_supervised"]:
+            cells = percent(line["frozen"]), percent(line["from_scratch"])
+            yield title, f"{line['labels']:,}", *cells
 
 
 def ablation(name, *keys):

@@ -142,6 +142,12 @@ def findings():
         if row["case"].endswith("as long"):
             assert gain[5000] > 1
     yield "with 500 labels by 8 points"
+    rotnet = tables.RECORDS["rotnet-cifar10-labels"]
+    gains = [line["frozen"] - line["from_scratch"] for line in rotnet["semi_supervised"]]
+    assert gains[1] > 0 > gains[2]  # 1,000 labels, and 4,000
+    blocks = rotnet["blocks"]["trained"]
+    for key, best in {"linear_probe": 1, "knn": 1, "nonlinear": 0}.items():
+        assert blocks[best][key] == max(block[key] for block in blocks)
     before, after, collapsed = tables.RECORDS["circle"]["rows"]
     yield f"from {before['uniformity']:.2f} to {after['uniformity']:.2f}"
     assert after["alignment"] < before["alignment"]

@@ -29,8 +29,9 @@ TITLES = {
     "dino": "DINO, all tokens",
     "clip": "CLIP",
 }
-PROBE = {"dino": "linear_probe_with_mean"}  # where it has another name
-KNN = {"dino": "knn_with_mean", "clip": ""}  # clip.py measures none
+# Where they have other names; clip.py has no kNN.
+PROBE = dict.fromkeys(("dino", "ibot"), "linear_probe_with_mean")
+KNN = dict.fromkeys(("dino", "ibot"), "knn_with_mean") | {"clip": ""}
 
 
 def percent(*values):
@@ -987,13 +988,37 @@ def all_methods():
             "colorization": "colorization",
             "inpainting": "inpainting",
         },
-        "ViT": {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO"},
+        "ViT": {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "ibot": "iBOT"},
         "none": {"patches": "k-means on patches"},
     }
     for encoder, methods in families.items():
         for method, title in methods.items():
             record = RECORDS[f"{method}-shapes-seed0"]
             yield encoder, title, *scores(method, record), f"{record['total_seconds']:.0f} s"
+
+
+def factors_relatives():
+    names = RECORDS["factors"]["chance"]
+    yield "network", *names
+    for title, record, *network in (
+        ("SimCLR h", "factors", "simclr-shapes", "h"),
+        ("SupCon h", "factors-relatives", "supcon-shapes", "h"),
+        ("LeJEPA h", "factors-relatives", "lejepa-shapes", "h"),
+        ("SimCLR z", "factors", "simclr-shapes", "z"),
+        ("SupCon z", "factors-relatives", "supcon-shapes", "z"),
+        ("LeJEPA z", "factors-relatives", "lejepa-shapes", "z"),
+        ("DINO", "factors", "dino-shapes", "all tokens"),
+        ("iBOT", "factors-relatives", "ibot-shapes", "all tokens"),
+    ):
+        scores = {name: factor_scores(RECORDS[record], *network, name)[0] for name in names}
+        yield title, *[cell(name, score) for name, score in scores.items()]
+
+
+def ibot_attention():
+    yield "intersection over union of the chosen head", "untrained", "trained"
+    for method, title in {"dino": "DINO", "ibot": "iBOT"}.items():
+        run = RECORDS[f"{method}-attention"]["runs"][0]
+        yield title, *[f"{run[key]['iou_of_the_chosen']:.2f}" for key in ("untrained", "trained")]
 
 
 def without_negatives():
@@ -1058,7 +1083,8 @@ TABLES = {
         memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_decoder_depth, mae_speed,
         dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_relatives, clip_flickr8k, clip_split, all_methods,
-        without_negatives, relative_patches, colorization, inpainting, speed,
+        factors_relatives, ibot_attention, without_negatives, relative_patches, colorization,
+        inpainting, speed,
     )
 }  # fmt: skip
 MAE_TABLES = {  # name: its first column, and the record

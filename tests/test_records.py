@@ -198,6 +198,9 @@ def findings():
     yield f"{percent(solved)} of the permutations"
     tuned = tables.RECORDS["simmim-shapes-fine-tune"]["trained"]
     yield f"{percent(tuned['fine_tuned'])} against {percent(tuned['from_scratch'])} from scratch"
+    names = [f"dino-shapes-seed{seed}" for seed in range(3)] + ["ibot-shapes-seed0"]
+    *dino, ibot = [tables.RECORDS[name]["trained"]["linear_probe_with_mean"] for name in names]
+    assert ibot < min(dino)
     K = tables.RECORDS["dino-shapes-seed0"]["args"]["out_dim"]
     yield f"log {K} = {math.log(K):.2f}"
 

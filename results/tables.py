@@ -318,7 +318,7 @@ def claims_about_pretext_tasks():
     yield (
         "early pretext tasks are below contrastive methods",
         f"RotNet {mean(early)}, SimCLR {mean(contrastive)}",
-        f"in ten minutes of one core: {mean(photographs[0])}, {mean(photographs[1])}",
+        f"in about ten minutes of one core: {mean(photographs[0])}, {mean(photographs[1])}",
         verdict(max(early) < min(contrastive), max(photographs[0]) < min(photographs[1])),
         f"shapes stand upright; turned by any angle: {turned[0]}, {turned[1]}",
     )

@@ -57,8 +57,9 @@ def spread(values):
 
 
 def spread_of(row, key):
-    """The same of a row of a record of ablation.py."""
-    return spread([run[key] for run in row["runs"]])
+    """The same of a row of a record of ablation.py; nothing if it was not measured."""
+    values = [run[key] for run in row["runs"] if key in run]
+    return spread(values) if values else ""
 
 
 def gain_of(row):
@@ -326,12 +327,14 @@ def claims_about_pretext_tasks():
         verdict(max(early) < min(contrastive), max(photographs[0]) < min(photographs[1])),
         f"shapes stand upright; turned by any angle: {turned[0]}, {turned[1]}",
     )
-    patches = "relative_patch-shapes-seed0"
+
+    def puzzles(data):
+        names = [f"{method}-{RUNS[data]}-seed0" for method in ("jigsaw", "relative_patch")]
+        return ", ".join(map(pair, names)), trained(names[0]) > trained(names[1])
+
     yield (
         "jigsaw puzzles teach more than relative patches",
-        f"{pair('jigsaw-shapes-seed0')}, {pair(patches)}",
-        "",
-        verdict(trained("jigsaw-shapes-seed0") > trained(patches)),
+        *on_both(puzzles),
         "but over their own untrained encoders patches gain more; one seed",
     )
     by_kind = "untrained_linear_probe", "linear_probe"
@@ -580,12 +583,16 @@ def claims_about_distillation_and_masks():
         *on_both(without_parts("simsiam", "no-predictor", "no-stop-gradient")),
         "",
     )
-    masked = [statistics.mean(runs_of("mae-mask-token", row, "linear_probe")) for row in (0, 1)]
+
+    def mask_tokens(data):
+        masked, spared = [
+            statistics.mean(runs_of(f"mae-mask-token{data}", row, "linear_probe")) for row in (0, 1)
+        ]
+        return f"linear probe with {percent(masked)}, without {percent(spared)}", spared > masked
+
     yield (
         "MAE: no mask tokens in the encoder",
-        f"linear probe with {percent(masked[0])}, without {percent(masked[1])}",
-        "",
-        verdict(masked[1] > masked[0]),
+        *on_both(mask_tokens),
         "and less than half of the time",
     )
     tuned = [RECORDS[f"mae-shapes-fine-tune-32{end}"]["trained"] for end in ("", "-lr")]
@@ -710,7 +717,7 @@ def simclr_head():
     for title, data in DATA.items():
         for row in RECORDS[f"simclr-head{data}"]["rows"]:
             keys = ("linear_probe", "linear_probe_z", "knn", "knn_z")
-            kinds = [spread_of(row, key) if key in row["runs"][0] else "" for key in keys]
+            kinds = [spread_of(row, key) for key in keys]
             run = f"simclr-{names[row['case']]}"
             known = [factor_scores(RECORDS["factors"], run, part, "its color") for part in "hz"]
             colors = [spread(values) if values else "" for values in known]
@@ -784,7 +791,7 @@ def ablation(name, *keys):
     columns = max(len(row["paper"]) for row in rows)
     for row in rows:
         paper = [percent(value) for value in row["paper"]] or [""] * columns
-        ours = [spread([run[key] for run in row["runs"]]) for key in keys]
+        ours = [spread_of(row, key) for key in keys]
         yield row["case"], *paper, *ours
 
 
@@ -845,8 +852,11 @@ def mae_fine_tuned():
 
 
 def mae_mask_token():
-    yield "encoder", *MAE_COLUMNS, "from scratch"
-    yield from ablation("mae-mask-token", "fine_tuned", "linear_probe", "from_scratch")
+    yield "data", "encoder", *MAE_COLUMNS, "from scratch"
+    for title, data in DATA.items():
+        name = f"mae-mask-token{data}"
+        for cells in ablation(name, "fine_tuned", "linear_probe", "from_scratch"):
+            yield title, *cells
 
 
 def mae_ablation(first, record):
@@ -970,35 +980,48 @@ def clip_split():
         yield row["case"], *[percent(row["runs"][0][key]) for key in keys]
 
 
+METHODS = {  # encoder: method: its title
+    "ResNet": {
+        "simclr": "SimCLR",
+        "moco": "MoCo v2",
+        "barlow_twins": "Barlow Twins",
+        "vicreg": "VICReg",
+        "lejepa": "LeJEPA",
+        "swav": "SwAV",
+        "simsiam": "SimSiam",
+        "byol": "BYOL",
+        "supcon": "SupCon, with labels",
+        "clip": "CLIP",
+    },
+    "NiN": {
+        "rotnet": "RotNet",
+        "relative_patch": "relative patches",
+        "jigsaw": "jigsaw puzzles",
+        "colorization": "colorization",
+        "inpainting": "inpainting",
+    },
+    "ViT": {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "ibot": "iBOT"},
+    "none": {"patches": "k-means on patches"},
+}
+
+
 def all_methods():
     yield "encoder", "method", "linear probe", "kNN", "time"
-    families = {
-        "ResNet": {
-            "simclr": "SimCLR",
-            "moco": "MoCo v2",
-            "barlow_twins": "Barlow Twins",
-            "vicreg": "VICReg",
-            "lejepa": "LeJEPA",
-            "swav": "SwAV",
-            "simsiam": "SimSiam",
-            "byol": "BYOL",
-            "supcon": "SupCon, with labels",
-            "clip": "CLIP",
-        },
-        "NiN": {
-            "rotnet": "RotNet",
-            "relative_patch": "relative patches",
-            "jigsaw": "jigsaw puzzles",
-            "colorization": "colorization",
-            "inpainting": "inpainting",
-        },
-        "ViT": {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "ibot": "iBOT"},
-        "none": {"patches": "k-means on patches"},
-    }
-    for encoder, methods in families.items():
+    for encoder, methods in METHODS.items():
         for method, title in methods.items():
             record = RECORDS[f"{method}-shapes-seed0"]
             yield encoder, title, *scores(method, record), f"{record['total_seconds']:.0f} s"
+
+
+def all_methods_cifar10():
+    yield "encoder", "method", "linear probe", "kNN", "epochs", "pretraining"
+    for encoder, methods in METHODS.items():
+        for method, title in methods.items():
+            name = f"{method}-cifar10-short-seed0"
+            if name in RECORDS:
+                record = RECORDS[name]
+                budget = f"{record['args']['epochs']}", f"{record['pretrain_seconds']:.0f} s"
+                yield encoder, title, *scores(method, record), *budget
 
 
 def factors_relatives():
@@ -1092,8 +1115,8 @@ TABLES = {
         memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_decoder_depth, mae_speed,
         dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_relatives, clip_flickr8k, clip_split, all_methods,
-        factors_relatives, ibot_attention, without_negatives, relative_patches, colorization,
-        inpainting, speed,
+        all_methods_cifar10, factors_relatives, ibot_attention, without_negatives,
+        relative_patches, colorization, inpainting, speed,
     )
 }  # fmt: skip
 MAE_TABLES = {  # name: its first column, and the record

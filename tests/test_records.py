@@ -188,6 +188,19 @@ def findings():
     assert 18 < flickr8k["trained"]["text_to_image_r10"] / (10 / 1000) < 22  # ten of 1,000 images
     yield "about twenty times as much as chance"
     yield f"{percent(flickr8k['unknown_words'])} of the words"
+    names = "simclr", "vicreg", "lejepa", "barlow_twins", "swav", "simsiam", "byol"
+    floor = scores_of("patches", "patches-cifar10-seed0")
+    short = {name: scores_of(name, f"{name}-cifar10-short-seed0") for name in (*names, "supcon")}
+    probes = [short[name][0] for name in names]
+    assert probes[0] > max(probes[1:]) and max(probes[-2:]) < min(probes[:-2])
+    assert all(probe < floor[0] for probe, _ in short.values())
+    assert {name for name, (_, knn) in short.items() if knn < floor[1]} == {"simsiam", "byol"}
+    gains = []
+    for name in ("jigsaw", "relative_patch"):
+        record = tables.RECORDS[f"{name}-cifar10-short-seed0"]
+        gains.append(record["trained"]["linear_probe"] - record["untrained"]["linear_probe"])
+        assert scores_of(name, f"{name}-cifar10-short-seed0")[1] < floor[1]
+    assert abs(gains[0] - gains[1]) < 0.01
     names = [f"clip-shapes-seed{seed}" for seed in range(3)] + ["slip-shapes-seed0"]
     *clip, slip = [tables.RECORDS[name]["trained"]["zero_shot_unseen"] for name in names]
     assert min(clip) < slip < max(clip)

@@ -1013,6 +1013,13 @@ def all_methods():
             yield encoder, title, *scores(method, record), f"{record['total_seconds']:.0f} s"
 
 
+def three_times_as_long():
+    yield "linear probe", "12 epochs", "36 epochs"
+    for method in ("simclr", "barlow_twins", "byol"):
+        names = [f"{method}-shapes-{name}" for name in ("seed0", "36-epochs")]
+        yield METHODS["ResNet"][method], *map(pair, names)
+
+
 def all_methods_cifar10():
     yield "encoder", "method", "linear probe", "kNN", "epochs", "pretraining"
     for encoder, methods in METHODS.items():
@@ -1115,8 +1122,8 @@ TABLES = {
         memory, mae_probes, mae_fine_tuned, mae_mask_token, mae_decoder_depth, mae_speed,
         dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_relatives, clip_flickr8k, clip_split, all_methods,
-        all_methods_cifar10, factors_relatives, ibot_attention, without_negatives,
-        relative_patches, colorization, inpainting, speed,
+        three_times_as_long, all_methods_cifar10, factors_relatives, ibot_attention,
+        without_negatives, relative_patches, colorization, inpainting, speed,
     )
 }  # fmt: skip
 MAE_TABLES = {  # name: its first column, and the record

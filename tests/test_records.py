@@ -188,6 +188,9 @@ def findings():
     assert 18 < flickr8k["trained"]["text_to_image_r10"] / (10 / 1000) < 22  # ten of 1,000 images
     yield "about twenty times as much as chance"
     yield f"{percent(flickr8k['unknown_words'])} of the words"
+    runs = [f"{name}-shapes-36-epochs" for name in ("simclr", "barlow_twins", "byol")]
+    simclr, barlow_twins, byol = [scores_of("", run)[0] for run in runs]
+    assert simclr - 0.02 < barlow_twins < simclr and byol < simclr - 0.2
     names = "simclr", "vicreg", "lejepa", "barlow_twins", "swav", "simsiam", "byol"
     floor = scores_of("patches", "patches-cifar10-seed0")
     short = {name: scores_of(name, f"{name}-cifar10-short-seed0") for name in (*names, "supcon")}

@@ -171,6 +171,11 @@ def findings():
     normalized = mean_of("mae-target", 1, "linear_probe")
     assert round(100 * (pixels - normalized)) == 7
     yield "loses seven points"
+    for key in ("fine_tuned", "linear_probe"):
+        pixels, normalized = [mean_of("mae-target-cifar10", row, key) for row in (0, 1)]
+        assert pixels < normalized
+    scratch = [mean_of("mae-target-cifar10", row, "from_scratch") for row in (0, 1)]
+    assert max(scratch) < mean_of("mae-target-cifar10", 0, "fine_tuned")
     tuned = tables.RECORDS["mae-shapes-fine-tune-32-lr"]["trained"]
     yield f"{100 * (tuned['fine_tuned'] - tuned['from_scratch']):.0f} points behind"
     shallow, deep = [mean_of("mae-decoder-depth", n, "linear_probe_class_token") for n in (0, 4)]

@@ -176,6 +176,9 @@ def findings():
         assert pixels < normalized
     scratch = [mean_of("mae-target-cifar10", row, "from_scratch") for row in (0, 1)]
     assert max(scratch) < mean_of("mae-target-cifar10", 0, "fine_tuned")
+    ratios = [mean_of("mae-mask-ratio-cifar10", row, "linear_probe") for row in range(4)]
+    assert max(ratios) == ratios[2]
+    yield f"within {100 * (max(ratios) - min(ratios)):.1f} points"
     tuned = tables.RECORDS["mae-shapes-fine-tune-32-lr"]["trained"]
     yield f"{100 * (tuned['fine_tuned'] - tuned['from_scratch']):.0f} points behind"
     shallow, deep = [mean_of("mae-decoder-depth", n, "linear_probe_class_token") for n in (0, 4)]

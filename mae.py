@@ -538,7 +538,7 @@ class Classifier(PatchMean):
         self.head = nn.Linear(D, classes)
         self.layer_decay = layer_decay
         self.encoder.norm = nn.Identity()  # as in the authors' code, the norm comes after the mean
-        self.encoder.pos_embed.requires_grad_()
+        self.encoder.requires_grad_()  # positions, too, and a teacher's weights
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # near zero, as in the authors' code
 
     def forward(self, images):

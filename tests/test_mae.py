@@ -586,6 +586,16 @@ def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was():
     assert not encoder.pos_embed.requires_grad
 
 
+def test_of_a_frozen_encoder_every_weight_is_fine_tuned():
+    args = mae.parse_args(["--patch-size", "8", "--fine-tune-epochs", "2"])
+    encoder = mae.VisionTransformer(32, 8, *mae.ENCODERS["small"])
+    encoder.requires_grad_(False)  # as DINO's teacher
+    _, classifier = mae.fine_tune(encoder, by_heart(), args, 1.0)
+    after = dict(classifier.encoder.named_parameters())
+    before = dict(encoder.named_parameters())
+    assert [name for name in after if torch.equal(after[name], before[name])] == []
+
+
 def test_fewer_labels_than_a_batch_are_learned_from():
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(8) % 2

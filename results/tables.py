@@ -969,6 +969,20 @@ def clip_relatives():
         yield title, *[change(key, record) for key in (*keys, "linear_probe_16_per_class")]
 
 
+def flickr8k_views():
+    recalls = "caption finds image @1", "@5", "@10", "image finds caption @10"
+    yield "image encoder learns from", "epochs", *recalls
+    names = {
+        "captions (CLIP)": ("clip-flickr8k-small-seed0",),
+        "views (SimCLR), then captions": ("simclr-flickr8k-seed0", "clip-flickr8k-small-init"),
+        "captions and views (SLIP)": ("slip-flickr8k-small-seed0",),
+    }
+    keys = "text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "image_to_text_r10"
+    for title, runs in names.items():
+        epochs = ", then ".join(f"{RECORDS[name]['args']['epochs']}" for name in runs)
+        yield title, epochs, *[change(key, RECORDS[runs[-1]]) for key in keys]
+
+
 def clip_flickr8k():
     yield "recall", "@1", "@5", "@10"
     record = RECORDS["clip-flickr8k-small-seed0"]
@@ -1128,7 +1142,8 @@ TABLES = {
         rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, small_batches,
         memory, mae_probes, mae_fine_tuned, mae_decoder_depth,
         mae_speed, dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
-        clip_captions, clip_few_shot, clip_relatives, clip_flickr8k, clip_split, all_methods,
+        clip_captions, clip_few_shot, clip_flickr8k, clip_split, clip_relatives,
+        flickr8k_views, all_methods,
         three_times_as_long, all_methods_cifar10, factors_relatives, ibot_attention,
         without_negatives, relative_patches, colorization, inpainting, speed,
     )

@@ -216,6 +216,14 @@ def findings():
     *clip, slip = [tables.RECORDS[name]["trained"]["zero_shot_unseen"] for name in names]
     assert min(clip) < slip < max(clip)
     assert tables.RECORDS["siglip-shapes-seed0"]["trained"]["zero_shot_unseen"] < min(clip)
+    names = "slip-flickr8k-small-seed0", "clip-flickr8k-small-seed0", "clip-flickr8k-small-init"
+    ordered = [tables.RECORDS[name] for name in names]
+    for key in ("text_to_image_r10", "image_to_text_r10"):
+        recalls = [record["trained"][key] for record in ordered]
+        assert recalls == sorted(recalls)
+    for epoch in range(5, 31, 5):
+        recalls = [record["history"][epoch - 1]["val_recall"] for record in ordered]
+        assert recalls == sorted(recalls)
     zero_shot = tables.RECORDS["clip-flickr8k-small-zero-shot-cifar10"]["zero_shot"]
     yield f"zero-shot, {percent(zero_shot)}"
     solved = tables.RECORDS["jigsaw-shapes-seed0"]["pretext_task"]["permutation"]

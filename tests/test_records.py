@@ -179,6 +179,10 @@ def findings():
     ratios = [mean_of("mae-mask-ratio-cifar10", row, "linear_probe") for row in range(4)]
     assert max(ratios) == ratios[2]
     yield f"within {100 * (max(ratios) - min(ratios)):.1f} points"
+    (_, *mae), (_, *dino) = tables.fine_tuned_alike()
+    assert round(100 * (mae[0] - mae[1])) == 4
+    yield "gains four points"
+    assert dino[0] < dino[1] and dino[0] < mae[0]
     tuned = tables.RECORDS["mae-shapes-fine-tune-32-lr"]["trained"]
     yield f"{100 * (tuned['fine_tuned'] - tuned['from_scratch']):.0f} points behind"
     shallow, deep = [mean_of("mae-decoder-depth", n, "linear_probe_class_token") for n in (0, 4)]

@@ -42,6 +42,8 @@ from relatives import (
     jigsaw,
     lejepa,
     relative_patch,
+    siglip,
+    slip,
     supcon,
 )
 from results.ablation import commit_of_the_code
@@ -135,6 +137,11 @@ MODELS = {  # method: its module, and the class of its model
     "dino": (dino, dino.DINO),
     "ibot": (ibot, ibot.IBOT),
 }
+WITH_CAPTIONS = {
+    "clip": (clip, clip.CLIP),
+    "siglip": (siglip, siglip.SigLIP),
+    "slip": (slip, slip.SLIP),
+}
 UNTRAINED = {  # which encoder a method begins with
     "simclr": "ResNet",
     "rotnet": "NiN",
@@ -155,7 +162,7 @@ def parts_of(method, model):
         return {"patch tokens": mae.PatchMean(model.encoder)}
     if method in ("dino", "ibot"):
         return {"all tokens": model.teacher.encoder}
-    if method == "clip":
+    if method in WITH_CAPTIONS:
         space = nn.Sequential(model.encoder, model.image_projection)
         return {"h": model.encoder, "common space": space}
     blocks = (1, 2, 3) if method == "rotnet" else (2,)
@@ -163,7 +170,7 @@ def parts_of(method, model):
 
 
 def models(folder):
-    """A finished run, but for clip.py's -> its summary, its Args, and its model before training and
+    """A finished run without captions -> its summary, its Args, and its model before training and
     after it."""
     summary = json.loads((folder / "summary.json").read_text())
     module, Model = MODELS[summary["method"]]
@@ -180,13 +187,23 @@ def models(folder):
     return summary, args, before, model
 
 
+def model_with_captions(folder, summary):
+    """A finished run with captions, and its summary -> the model of its best epoch."""
+    module, Model = WITH_CAPTIONS[summary["method"]]
+    args = module.Args(**summary["args"])
+    content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    weights = content["best"]
+    model = Model(args, len(weights["token_embedding.weight"]), 32)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
 def networks(folder):
     """A finished run -> its summary, {part: network} before training, and the same after it."""
     summary = json.loads((folder / "summary.json").read_text())
     method = summary["method"]
-    if method == "clip":
-        model, _, _ = clip.load_run(folder)
-        return summary, {}, parts_of(method, model)
+    if method in WITH_CAPTIONS:
+        return summary, {}, parts_of(method, model_with_captions(folder, summary))
     _, _, before, after = models(folder)
     return summary, parts_of(method, before), parts_of(method, after)
 
@@ -265,7 +282,7 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on shapes")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
-    check(parser, args.runs, [*MODELS, "clip"], args.record)
+    check(parser, args.runs, [*MODELS, *WITH_CAPTIONS], args.record)
     about = {"command": shlex.join(["python", *sys.argv]), "commit": commit_of_the_code()}
     about |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu"}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,5 +1,6 @@
 """Probes of what shapes are drawn from: the factors, the probes, and runs of every method."""
 
+import dataclasses
 import json
 import sys
 
@@ -194,16 +195,20 @@ def test_a_run_without_a_head_or_a_checkpoint_has_h_only(run_of):
     assert_same(dict(after["h"].state_dict()), encoder)
 
 
-def test_clip_has_features_and_a_common_space(monkeypatch, tmp_path):
-    (tmp_path / "summary.json").write_text(json.dumps({"method": "clip"}))
-    model = clip.CLIP(clip.parse_args([]), 10)
-    monkeypatch.setattr(clip, "load_run", lambda folder: (model, None, None))
+@pytest.mark.parametrize("method", factors.WITH_CAPTIONS)
+def test_with_captions_there_is_a_common_space(tmp_path, method):
+    module, Model = factors.WITH_CAPTIONS[method]
+    args = clip.parse_args([], module.Args)
+    model = Model(args, 10).eval()
+    content = {"method": method, "args": dataclasses.asdict(args)}
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    torch.save({"best": model.state_dict()}, tmp_path / "checkpoint.pt")
     _, before, after = factors.networks(tmp_path)
     assert before == {}
     images = SHAPES().test_images[:4]
     space = simclr.features(after["common space"], images)
     x = common.normalize(images / 255)
-    assert torch.allclose(space, model.eval().encode_image(x), atol=1e-5)
+    assert torch.allclose(space, model.encode_image(x), atol=1e-5)
     assert torch.allclose(simclr.features(after["h"], images), model.encoder(x), atol=1e-5)
 
 

@@ -1099,6 +1099,9 @@ def factors_relatives():
         ("SimCLR z", "factors", "simclr-shapes", "z"),
         ("SupCon z", "factors-relatives", "supcon-shapes", "z"),
         ("LeJEPA z", "factors-relatives", "lejepa-shapes", "z"),
+        ("CLIP h", "factors", "clip-shapes", "h"),
+        ("SigLIP h", "factors-captions", "siglip-shapes", "h"),
+        ("SLIP h", "factors-captions", "slip-shapes", "h"),
         ("DINO", "factors", "dino-shapes", "all tokens"),
         ("iBOT", "factors-relatives", "ibot-shapes", "all tokens"),
     ):

@@ -227,6 +227,14 @@ def findings():
         names = "clip-batches", "siglip-batches"
         softmax, sigmoid = [tables.runs_of(name, row, "text_to_image_r10") for name in names]
         assert all(a > b for a, b in zip(softmax, sigmoid, strict=True))
+    known = tables.RECORDS["factors-captions"]
+    for factor in ("light, up-down", "place, up-down"):
+        slip, siglip = [
+            tables.factor_scores(known, f"{name}-shapes", "h", factor)[0]
+            for name in ("slip", "siglip")
+        ]
+        seeds = tables.factor_scores(tables.RECORDS["factors"], "clip-shapes", "h", factor)
+        assert slip > max(seeds) + 0.05 and siglip < max(seeds) + 0.05
     names = "slip-flickr8k-small-seed0", "clip-flickr8k-small-seed0", "clip-flickr8k-small-init"
     ordered = [tables.RECORDS[name] for name in names]
     for key in ("text_to_image_r10", "image_to_text_r10"):

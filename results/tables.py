@@ -350,7 +350,7 @@ def claims_about_pretext_tasks():
         "colors of shapes are random; with the color of their kind in seven of ten: "
         f"{means[1]}; one seed",
     )
-    gaps, none = "relative_patch-cifar10-small-seed0", "relative_patch-cifar10-small-shortcuts"
+    gaps, none = "relative_patch-cifar10-short-seed0", "relative_patch-cifar10-short-shortcuts"
     found = [percent(RECORDS[name]["pretext_task"]["position"]) for name in (gaps, none)]
     yield (
         "shortcuts solve the task and teach nothing",
@@ -1137,10 +1137,10 @@ def without_negatives():
 
 def relative_patches():
     yield "data", "patches", "positions", "linear probe", "kNN"
-    for title, data in {"shapes": "shapes", "CIFAR-10": "cifar10-small"}.items():
+    for title, data in DATA.items():
         names = {"with gaps, moved at random": "seed0", "without": "shortcuts"}
         for patches, name in names.items():
-            record = RECORDS[f"relative_patch-{data}-{name}"]
+            record = RECORDS[f"relative_patch-{RUNS[data]}-{name}"]
             positions = percent(record["pretext_task"]["position"])
             yield title, patches, positions, *scores("", record)
 

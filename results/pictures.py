@@ -54,19 +54,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on shapes")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("-o", "--out", type=Path, default=Path("pictures.png"))
     args = parser.parse_args(argv)
     factors.check(parser, args.runs, list(FIGURES))
     runs = []
     methods = set()
+    datasets = set()
     for folder in args.runs:
         summary, own, _, model = factors.models(folder)
         methods.add(summary["method"])
+        datasets.add(own.dataset)
         runs.append((own, model))
     if len(methods) > 1:
         parser.error("all runs must be of mae.py, or all of relatives/inpainting.py")
-    data = common.load_dataset("shapes")
+    if len(datasets) > 1:
+        parser.error("all runs must be on the same images")
+    data = common.load_dataset(own.dataset, own.data_dir, own.image_size)
     with torch.no_grad():
         blocks = FIGURES[methods.pop()](runs, data.test_images[data.examples()[:5]])
     rotnet.save_sheet(args.out, blocks)

@@ -374,16 +374,19 @@ def sheet(tmp_path, monkeypatch):
     return drawn
 
 
-def test_a_picture_has_the_reconstructions_of_every_ratio(sheet, tmp_path):
+def test_a_picture_has_the_reconstructions_of_every_ratio(sheet, tiny_shapes, tmp_path):
     folders = []
     for ratio in (0.25, 0.9):
-        args = mae.parse_args(["--mask-ratio", str(ratio)])
+        flags = ["--dataset", str(tiny_shapes), "--encoder", "small", "--patch-size", "4"]
+        args = mae.parse_args([*flags, "--mask-ratio", str(ratio)])
         folders.append(run_of(tmp_path / f"{ratio}", mae, mae.build_mae(args, 32), args))
     blocks = sheet(*folders)
     assert list(blocks) == ["25 % masked", "90 % masked", "as it is"]
     few, many, (whole) = blocks.values()
     assert few.shape == many.shape == (5, 2, 3, 32, 32)
     assert whole.shape == (5, 1, 3, 32, 32)
+    data = common.load_dataset(str(tiny_shapes))
+    assert torch.equal(whole[:, 0], data.test_images[data.examples()[:5]] / 255)
     visible = [(images[:, 0] == whole[:, 0]).float().mean() for images in (few, many)]
     assert visible[0] == pytest.approx(0.75, abs=0.02)
     assert visible[1] == pytest.approx(0.1, abs=0.03)
@@ -405,13 +408,16 @@ def test_a_picture_has_the_same_holes_filled_by_every_run(sheet, tmp_path):
         assert (filled - whole)[~outside].abs().mean() > 0.05
 
 
-def test_pictures_of_different_methods_are_refused(sheet, tmp_path, capsys):
+def test_pictures_of_different_runs_are_refused(sheet, tmp_path, capsys):
     args = mae.parse_args([])
     folder = run_of(tmp_path / "mae", mae, mae.build_mae(args, 32), args)
     own = rotnet.parse_args([], inpainting.Args)
     other = run_of(tmp_path / "inpainting", inpainting, inpainting.ContextEncoder(own), own)
+    photographs = dataclasses.replace(args, dataset="cifar10")
+    third = run_of(tmp_path / "cifar10", mae, mae.build_mae(photographs, 32), photographs)
     for folders, reason in (
         ([folder, other], "all runs must be of mae.py"),
+        ([folder, third], "all runs must be on the same images"),
         ([str(tmp_path / "none")], "none: is not the folder of a finished run"),
     ):
         with pytest.raises(SystemExit):

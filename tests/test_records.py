@@ -227,6 +227,11 @@ def findings():
         names = "clip-batches", "siglip-batches"
         softmax, sigmoid = [tables.runs_of(name, row, "text_to_image_r10") for name in names]
         assert all(a > b for a, b in zip(softmax, sigmoid, strict=True))
+    names = [f"inpainting-cifar10-short-{name}" for name in ("no-adversary", "adversary-1")]
+    blurred, sharp = [tables.RECORDS[name]["pretext_task"] for name in names]
+    assert sharp["sharpness"] > blurred["sharpness"] + 0.2
+    assert sharp["reconstruction"] > blurred["reconstruction"] + 0.1
+    assert abs(scores_of("", names[0])[0] - scores_of("", names[1])[0]) < 0.005
     known = tables.RECORDS["factors-captions"]
     for factor in ("light, up-down", "place, up-down"):
         slip, siglip = [

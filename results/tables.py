@@ -1085,6 +1085,9 @@ def all_methods_cifar10():
     for encoder, methods in METHODS.items():
         for method, title in methods.items():
             name = f"{method}-cifar10-short-seed0"
+            if method == "inpainting":
+                name = "inpainting-cifar10-short-no-adversary"
+                title = "inpainting, no adversary"
             if name in RECORDS:
                 record = RECORDS[name]
                 budget = f"{record['args']['epochs']}", f"{record['pretrain_seconds']:.0f} s"

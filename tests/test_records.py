@@ -213,12 +213,18 @@ def findings():
     assert probes[0] > max(probes[1:]) and max(probes[-2:]) < min(probes[:-2])
     assert all(probe < floor[0] for probe, _ in short.values())
     assert {name for name, (_, knn) in short.items() if knn < floor[1]} == {"simsiam", "byol"}
+    assert scores_of("", "rotnet-cifar10-short-seed0")[1] > floor[1]
+    rotations = scores_of("", "rotnet-cifar10-short-seed0")[0]
+    assert all(abs(rotations - short[name][0]) < 0.01 for name in ("vicreg", "swav"))
     gains = []
     for name in ("jigsaw", "relative_patch"):
         record = tables.RECORDS[f"{name}-cifar10-short-seed0"]
         gains.append(record["trained"]["linear_probe"] - record["untrained"]["linear_probe"])
         assert scores_of(name, f"{name}-cifar10-short-seed0")[1] < floor[1]
     assert abs(gains[0] - gains[1]) < 0.01
+    record = tables.RECORDS["inpainting-cifar10-short-no-adversary"]
+    assert record["trained"]["linear_probe"] - record["untrained"]["linear_probe"] < min(gains)
+    assert record["trained"]["knn"] < floor[1]
     names = [f"clip-shapes-seed{seed}" for seed in range(3)] + ["slip-shapes-seed0"]
     *clip, slip = [tables.RECORDS[name]["trained"]["zero_shot_unseen"] for name in names]
     assert min(clip) < slip < max(clip)

@@ -623,7 +623,7 @@ def claims_about_distillation_and_masks():
         "on CIFAR-10 by less than a point, with both seeds",
     )
 
-    mae, dino = [fine_tuned for _, fine_tuned, _ in fine_tuned_alike()]
+    mae, dino = [accuracy for _, accuracy, _ in fine_tuned_alike()]
     yield (
         "MAE: fine-tuned it is better than DINO",
         "",
@@ -1165,7 +1165,7 @@ def inpainting():
     for title, data in DATA.items():
         for case, end in names.items():
             name = f"inpainting-{RUNS[data]}-{end}"
-            if name not in RECORDS:  # on CIFAR-10 the ends only
+            if name not in RECORDS:  # 0.001 was not run on CIFAR-10
                 continue
             record = RECORDS[name]
             terms = [f"{record['pretext_task'][key]:.2f}" for key in keys]

@@ -1,6 +1,7 @@
 """What an encoder knows of an image, factor by factor: probes of all that shapes are drawn from.
 
     python results/factors.py runs/*-shapes-seed0 --record results/factors.json
+    python results/factors.py runs/*-cifar10-seed0       of photographs, what their pixels show
     python results/figures.py --factors results/factors.json -o factors.png
 
 The class is one question of many. Shapes are always the same images, drawn from known factors:
@@ -8,7 +9,8 @@ kind, color, background, size, place, tilt. So each can be asked for. A probe re
 features, learned on training images and measured on test: accuracy by the scripts' linear probe
 where there are classes, R2 by ridge regression where there are numbers (1 is perfect, 0 is the mean
 of all). The last factors are none of the scene: the image was turned, made gray, or noise was
-added, or not, and the probe has to see which.
+added, or not, and the probe has to see which. Photographs come without their scene, so they are
+asked for their class, color and light.
 
 A run has several rows: the features h and the projections z, or one for each block. The first run
 with an encoder adds the untrained one, with the weights that the run began with. Nothing is trained
@@ -82,6 +84,20 @@ def known_factors(scenes):
         "tilt": scenes["tilt"][:, None],
         "light, left-right": (rise * scenes["direction"].cos())[:, None],
         "light, up-down": (rise * scenes["direction"].sin())[:, None],
+    }
+
+
+def measured_factors(images, labels):
+    """The same of photographs, uint8 (N, 3, S, S), as far as pixels show them: the light is the
+    mean luma of one half minus that of the other."""
+    luma = common.luma(images / 255)
+    left, right = luma.mean((1, 2)).chunk(2, dim=1)  # (N, S / 2) each
+    top, bottom = luma.mean((1, 3)).chunk(2, dim=1)
+    return {
+        "kind of thing": labels,
+        "mean color": (images / 255).mean((2, 3)),
+        "light, left-right": right.mean(1, keepdim=True) - left.mean(1, keepdim=True),
+        "light, up-down": bottom.mean(1, keepdim=True) - top.mean(1, keepdim=True),
     }
 
 
@@ -209,11 +225,18 @@ def networks(folder):
 
 
 # === Table ========================================================================================
-def questions():
-    """[(factor, training images, their answers, test images, theirs)]."""
-    (scenes, images), (test_scenes, test_images) = draw()
-    factors = known_factors(scenes)
-    test_factors = known_factors(test_scenes)
+def questions(dataset, data_dir):
+    """[(factor, training images, their answers, test images, theirs)] of shapes or photographs."""
+    if dataset == "shapes":
+        (scenes, images), (test_scenes, test_images) = draw()
+        factors = known_factors(scenes)
+        test_factors = known_factors(test_scenes)
+    else:
+        data = common.load_dataset(dataset, data_dir)
+        images = data.train_images[:10_000]  # enough for probes of a few hundred features
+        test_images = data.test_images
+        factors = measured_factors(images, data.train_labels[:10_000])
+        test_factors = measured_factors(test_images, data.test_labels)
     rows = [(name, images, y, test_images, test_factors[name]) for name, y in factors.items()]
     generator = torch.Generator().manual_seed(1)
     train = changed(images, generator)
@@ -233,9 +256,9 @@ def scores(network, rows):
     return result
 
 
-def measure(folders):
-    """Run folders -> the content of the record."""
-    rows = questions()
+def measure(folders, dataset, data_dir):
+    """Run folders, all of one dataset -> the content of the record."""
+    rows = questions(dataset, data_dir)
     seen = set()
     table = []
 
@@ -279,14 +302,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on shapes")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--record", type=Path, help="a JSON file to write")
     args = parser.parse_args(argv)
     check(parser, args.runs, [*MODELS, *WITH_CAPTIONS], args.record)
+    runs = [json.loads((folder / "summary.json").read_text())["args"] for folder in args.runs]
+    datasets = {run["dataset"] for run in runs}
+    if datasets not in ({"shapes"}, {"cifar10"}):
+        found = ", ".join(sorted(datasets))
+        parser.error(f"the runs are on {found}: all must be on shapes, or all on cifar10")
     about = {"command": shlex.join(["python", *sys.argv]), "commit": commit_of_the_code()}
     about |= {"date": time.strftime("%Y-%m-%d"), "device": "cpu"}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    content = about | measure(args.runs)
+    content = about | measure(args.runs, runs[0]["dataset"], runs[0]["data_dir"])
     if args.record:
         args.record.write_text(json.dumps(content, indent=2) + "\n")
 

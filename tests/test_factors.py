@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHAPES, assert_same
+from torch.testing import assert_close
 
 import clip
 import common
@@ -18,6 +19,7 @@ from results import factors
 KNOWN = ["kind of thing", "its color", "color of the background", "brighter than the background"]
 KNOWN += ["size", "place, left-right", "place, up-down", "tilt"]
 KNOWN += ["light, left-right", "light, up-down"]
+MEASURED = ["kind of thing", "mean color", "light, left-right", "light, up-down"]
 CHANGED = ["turned by 0, 90, 180, 270", "made gray", "noise added"]
 
 
@@ -61,6 +63,19 @@ def test_brightness_and_background_are_those_of_the_colors():
     assert known["brighter than the background"].tolist() == [1, 0]
     mean = (torch.tensor(common.COLORS["red"]) + torch.tensor(common.COLORS["black"])) / 510
     assert torch.allclose(known["color of the background"][0], mean)
+
+
+def test_color_and_light_of_photographs_are_measured():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images[0, 0, :, 4:] = 255  # red on the right
+    images[1, :, 4:] = 255  # white at the bottom
+    measured = factors.measured_factors(images, torch.tensor([3, 5]))
+    assert list(measured) == MEASURED
+    assert measured["kind of thing"].tolist() == [3, 5]
+    assert measured["mean color"].tolist() == [[0.5, 0, 0], [0.5, 0.5, 0.5]]
+    red = 0.2989  # its part of luma
+    assert_close(measured["light, left-right"], torch.tensor([[red], [0]]))
+    assert_close(measured["light, up-down"], torch.tensor([[0], [1.0]]), atol=1e-3, rtol=0)
 
 
 def test_what_was_done_to_an_image_is_done_to_it():
@@ -212,6 +227,14 @@ def test_with_captions_there_is_a_common_space(tmp_path, method):
     assert torch.allclose(simclr.features(after["h"], images), model.encoder(x), atol=1e-5)
 
 
+def trained_on(folder, dataset):
+    """Lets a run claim another dataset, as a test cannot train on the whole of it."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["args"]["dataset"] = dataset
+    path.write_text(json.dumps(summary))
+
+
 def test_the_record_has_a_row_of_each_part_and_one_untrained(run_of, tmp_path, monkeypatch):
     folder = run_of("simclr")
     few = []
@@ -220,6 +243,7 @@ def test_the_record_has_a_row_of_each_part_and_one_untrained(run_of, tmp_path, m
     monkeypatch.setattr(factors, "draw", lambda: few)
     monkeypatch.setattr(sys, "argv", ["results/factors.py", "runs/one"])
     other = folder.rename(tmp_path / "simclr-projection-mlp-seed0")
+    trained_on(other, "shapes")
     factors.main([str(other), str(other), "--record", str(tmp_path / "factors.json")])
     record = json.loads((tmp_path / "factors.json").read_text())
     names = [(row["run"], row["part"], row["seed"]) for row in record["rows"]]
@@ -232,6 +256,40 @@ def test_the_record_has_a_row_of_each_part_and_one_untrained(run_of, tmp_path, m
     assert record["command"] == "python results/factors.py runs/one"
     assert 0.2 < record["chance"]["turned by 0, 90, 180, 270"] < 0.5
     assert record["chance"]["size"] == 0
+
+
+def test_photographs_are_asked_for_what_their_pixels_show(run_of, tmp_path, monkeypatch):
+    folder = run_of("moco")
+    trained_on(folder, "cifar10")
+    data = SHAPES()
+    few = dataclasses.replace(
+        data,
+        train_images=data.train_images[:60],
+        train_labels=data.train_labels[:60],
+        test_images=data.test_images[:40],
+        test_labels=data.test_labels[:40],
+    )
+    monkeypatch.setattr(common, "load_dataset", lambda name, data_dir: few)
+    factors.main([str(folder), "--record", str(tmp_path / "factors.json")])
+    record = json.loads((tmp_path / "factors.json").read_text())
+    assert list(record["chance"]) == MEASURED + CHANGED
+    assert [row["part"] for row in record["rows"]] == ["h", "z"]
+    for row in record["rows"]:
+        assert all(-9 < score <= 1 for score in row["scores"].values())
+
+
+def test_runs_of_other_images_are_refused(tmp_path, capsys):
+    folders = []
+    for dataset in ("shapes", "cifar10", "mine.npz"):
+        folder = tmp_path / dataset
+        folder.mkdir()
+        summary = {"method": "moco", "args": {"dataset": dataset, "data_dir": "data"}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        folders.append(str(folder))
+    for some, found in {2: "cifar10, shapes", 3: "cifar10, mine.npz, shapes"}.items():
+        with pytest.raises(SystemExit):
+            factors.main(folders[:some])
+        assert f"the runs are on {found}: all must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

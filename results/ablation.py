@@ -91,6 +91,35 @@ def at_any_angle(count, generator):
     return scenes | {"tilt": scenes["tilt"] * math.pi / 0.25}
 
 
+def discs(images, angles):
+    """Images, uint8 (N, 3, S, S), each turned about its middle by an angle (N,), clockwise in
+    radians. What is outside the circle is black, since a corner would give the angle away."""
+    S = images.shape[3]
+    zero = torch.zeros_like(angles)
+    first = torch.stack([angles.cos(), angles.sin(), zero], dim=1)
+    second = torch.stack([-angles.sin(), angles.cos(), zero], dim=1)
+    grid = F.affine_grid(torch.stack([first, second], dim=1), images.shape, align_corners=False)
+    x = F.grid_sample(images.float(), grid, align_corners=False)
+    line = (torch.arange(S) + 0.5) / S * 2 - 1  # pixel centers, from -1 to 1
+    inside = line[:, None].square() + line.square() <= 1
+    return (x * inside).round().byte().contiguous(memory_format=torch.channels_last)
+
+
+def photographs(at_any_angle):
+    """Photographs cut out as discs, upright or each turned by an angle of its own."""
+
+    def load(*source):
+        data = load_dataset(*source)
+        generator = torch.Generator().manual_seed(0)
+        turned = []
+        for images in (data.train_images, data.test_images):
+            angles = 2 * math.pi * torch.rand(len(images), generator=generator)
+            turned.append(discs(images, angles if at_any_angle else torch.zeros_like(angles)))
+        return dataclasses.replace(data, train_images=turned[0], test_images=turned[1])
+
+    return load
+
+
 def colored_by_kind(count, generator):
     """Shapes of which seven in ten have the color of their kind: the same scenes, but for which
     kind of thing they show."""
@@ -207,6 +236,8 @@ CHANGES = {  # what stands in which place
     "tuned-by-crops": (simclr, "fine_tune", tuned(500, color=False)),
     "tuned-by-crops-4-times-as-long": (simclr, "fine_tune", tuned(2000, color=False)),
     "any-angle": (common, "sample_shapes", at_any_angle),
+    "discs": (common, "load_dataset", photographs(at_any_angle=False)),
+    "discs-at-any-angle": (common, "load_dataset", photographs(at_any_angle=True)),
     "color-by-kind": (common, "sample_shapes", colored_by_kind),
     "kinds-named-0.05": (common, "describe_shapes", naming_kinds(0.05)),
     "kinds-named-0.2": (common, "describe_shapes", naming_kinds(0.2)),
@@ -355,12 +386,14 @@ TABLES = {
 # The same on CIFAR-10: the recipe for two CPU cores, in fewer epochs, and some of the rows. Labels
 # fine-tune the encoder of the whole recipe, which has to be there.
 PRETRAINED = "runs/simclr-cifar10-seed0/encoder.pt"
+CIFAR10 = "--dataset cifar10 --encoder small"
+DISCS = [("upright", "", [], "discs"), ("any angle", "", [], "discs-at-any-angle")]
 
 
 def on_cifar10(name, flags, numbers):
     """Some rows of a table, with other flags."""
     table = TABLES[name]
-    flags = f"--dataset cifar10 --encoder small {flags}"
+    flags = f"{CIFAR10} {flags}"
     return dataclasses.replace(table, flags=flags, rows=[table.rows[n] for n in numbers])
 
 
@@ -377,6 +410,12 @@ TABLES |= {
     "simclr-small-batches-cifar10": on_cifar10("simclr-small-batches", "--epochs 10", [1]),
     "moco-small-batches-cifar10": on_cifar10("moco-small-batches", "--epochs 10", [2]),
     "moco-versions-cifar10": on_cifar10("moco-versions", "--warmup 0 --epochs 10", [0, 1, 2, 3, 4]),
+    "simclr-any-angle-cifar10": Table(
+        "simclr", ("untrained_linear_probe", *PROBES), f"{CIFAR10} --epochs 10", DISCS
+    ),
+    "rotnet-any-angle-cifar10": Table(
+        "rotnet", ("rotation", "untrained_linear_probe", *PROBES), f"{CIFAR10} --epochs 2", DISCS
+    ),
     "mae-decoder-depth-cifar10": on_cifar10("mae-decoder-depth", "--epochs 3", [0, 1, 2, 3]),
     "mae-decoder-dim-cifar10": on_cifar10("mae-decoder-dim", "--epochs 3", [0, 1, 2, 3, 4]),
     "mae-mask-token-cifar10": on_cifar10("mae-mask-token", "--epochs 3", [0, 1]),

@@ -145,7 +145,7 @@ def test_the_commit_is_that_of_the_code():
 
 
 def test_every_row_of_every_table_is_a_run():
-    assert len(ablation.TABLES) == 36
+    assert len(ablation.TABLES) == 38
     changes = set()
     for table in ablation.TABLES.values():
         for _, flags, _, *change in table.rows:
@@ -260,6 +260,33 @@ def test_at_any_angle_only_the_tilt_differs():
     counts = torch.histc(turned["tilt"], 8, -math.pi, math.pi)
     assert counts.sum() == 1000
     assert counts.min() > 80
+
+
+def test_photographs_are_turned_about_their_middle():
+    images = SHAPES().test_images[:4]
+    quarters = torch.tensor([0, 1, 2, 3]) * math.pi / 2
+    turned = ablation.discs(images, quarters)
+    upright = ablation.discs(images, torch.zeros(4))
+    line = torch.arange(32) - 15.5
+    inside = line[:, None].square() + line.square() <= 16**2
+    assert torch.equal(upright, images * inside)
+    for k in range(4):
+        expected = upright[k].rot90(-k, (1, 2)).int()  # rot90 turns the other way
+        assert (turned[k] - expected).abs().max() <= 1
+
+
+def test_each_photograph_has_an_angle_of_its_own_or_none(monkeypatch):
+    data = SHAPES()
+    monkeypatch.setattr(ablation, "load_dataset", lambda name: {"cifar10": data}[name])
+    upright = ablation.photographs(at_any_angle=False)("cifar10")
+    turned = ablation.photographs(at_any_angle=True)("cifar10")
+    again = ablation.photographs(at_any_angle=True)("cifar10")
+    assert torch.equal(upright.train_images, ablation.discs(data.train_images, torch.zeros(4096)))
+    for name in ("train_images", "test_images"):
+        changed = getattr(turned, name) != getattr(upright, name)
+        assert changed.any((1, 2, 3)).float().mean() > 0.99
+        assert torch.equal(getattr(turned, name), getattr(again, name))
+    assert torch.equal(turned.train_labels, data.train_labels)
 
 
 def test_colored_by_kind_only_the_kind_differs():

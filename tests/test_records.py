@@ -182,6 +182,17 @@ def findings():
         probes = [row["runs"][seed]["linear_probe"] for row in rows]
         assert max(probes) == probes[2] < sorted(probes)[2] + 0.01
     yield f"within {100 * (max(ratios) - min(ratios)):.1f} points"
+    for key in ("linear_probe", "knn", "linear_probe_class_token", "knn_class_token"):
+        probes = tables.first_probes("mae-mask-sampling-cifar10", key)
+        assert max(probes) == probes[0]
+        if key == "linear_probe":
+            assert min(probes) > max(probes) - 0.01
+        if key == "linear_probe_class_token":
+            assert min(probes) == probes[2]
+    none, shifts, *crops = tables.first_probes("mae-augment-cifar10")
+    assert max(none, *crops) < min(none, *crops) + 0.001
+    assert round(100 * (min(none, *crops) - shifts)) == 2
+    yield "only shifts are two points below"
     (_, *mae), (_, *dino) = tables.fine_tuned_alike()
     assert round(100 * (mae[0] - mae[1])) == 4
     yield "gains four points"

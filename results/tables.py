@@ -68,9 +68,9 @@ def gain_of(row):
     return percent(*[statistics.mean([run[key] for run in row["runs"]]) for key in keys])
 
 
-def cell(factor, value):
+def cell(factor, value, record="factors"):
     """A score of factors.py: an accuracy in percent, or an R2."""
-    return f"{100 * value:.0f} %" if RECORDS["factors"]["chance"][factor] else f"{value:.2f}"
+    return f"{100 * value:.0f} %" if RECORDS[record]["chance"][factor] else f"{value:.2f}"
 
 
 def change(key, *records):
@@ -97,6 +97,9 @@ def minutes(record):
     return f"{record['total_seconds'] / 60:.0f} min"
 
 
+DATA = {"shapes": "", "CIFAR-10": "-cifar10"}  # how names of records of ablation.py end
+RUNS = {"": "shapes", "-cifar10": "cifar10-short"}  # what names of single runs contain
+
 NETWORKS = {  # of results/factors.json: run and part, in the order of table and figure
     ("untrained ResNet", "h"): "untrained ResNet",
     ("simclr-shapes", "h"): "SimCLR h",
@@ -107,6 +110,8 @@ NETWORKS = {  # of results/factors.json: run and part, in the order of table and
     ("simclr-jitter-strength-0-gray-0", "h"): "SimCLR h, crop and flip",
     ("moco-shapes", "h"): "MoCo h",
     ("moco-shapes", "z"): "MoCo z",
+    ("supcon-shapes", "h"): "SupCon h, with labels",
+    ("supcon-shapes", "z"): "SupCon z, with labels",
     ("simclr-jitter-strength-0-gray-0-projection-none-labels", "h"): "supervised on kind",
     ("clip-shapes", "h"): "CLIP h",
     ("clip-shapes", "common space"): "CLIP, common space",
@@ -135,10 +140,15 @@ def factor_scores(record, run, part, factor):
 
 def factor_means(record):
     """A record of factors.py -> {network: {factor: mean of the seeds}}, of those NETWORKS that it
-    has."""
+    has, with shapes or CIFAR-10 in their place."""
+    runs = {}
+    for row in record["rows"]:
+        name = row["run"].replace(RUNS["-cifar10"], RUNS[""])
+        runs[name, row["part"]] = row["run"]
     means = {}
-    for (run, part), title in NETWORKS.items():
-        if any((row["run"], row["part"]) == (run, part) for row in record["rows"]):
+    for (name, part), title in NETWORKS.items():
+        if (name, part) in runs:
+            run = runs[name, part]
             means[title] = {
                 factor: statistics.mean(factor_scores(record, run, part, factor))
                 for factor in record["chance"]
@@ -191,9 +201,9 @@ def runs_of(table, row, key):
     return [run[key] for run in RECORDS[table]["rows"][row]["runs"]]
 
 
-def factor(run, part, name):
-    """The mean of the seeds of a network in results/factors.json."""
-    return statistics.mean(factor_scores(RECORDS["factors"], run, part, name))
+def factor(run, part, name, record="factors"):
+    """The mean of the seeds of a network in results/factors.json, or another record."""
+    return statistics.mean(factor_scores(RECORDS[record], run, part, name))
 
 
 def of_case(table, case, key="linear_probe"):
@@ -233,10 +243,6 @@ def verdict(on_shapes, on_cifar10=None):
     return f"{words[0]}; CIFAR-10 {words[1]}"
 
 
-DATA = {"shapes": "", "CIFAR-10": "-cifar10"}  # how names of records of ablation.py end
-RUNS = {"": "shapes", "-cifar10": "cifar10-short"}  # what names of records of single runs contain
-
-
 def on_both(measure):
     """measure("") of shapes and measure("-cifar10"), each a cell and whether the claim comes out ->
     both cells and the verdict: on CIFAR-10 the condition is the same."""
@@ -266,46 +272,64 @@ def claims_about_learning():
         verdict(all(every), helps(RECORDS["simclr-cifar10-seed0"])),
         "each of the six scripts with each seed",
     )
-    supervised = "simclr-jitter-strength-0-gray-0-projection-none-labels"
-    light = "light, up-down"
-    ours = factor("simclr-shapes", "h", light)
-    theirs = factor(supervised, "h", light)
-    kinds = mean(runs_of("simclr-supervised", 0, "linear_probe"))
+    supervised = {
+        "": ("supervised", "simclr-jitter-strength-0-gray-0-projection-none-labels"),
+        "-cifar10": ("SupCon", "supcon-cifar10-short"),
+    }
+
+    def light(data):
+        title, run = supervised[data]
+        record = f"factors{data}"
+        ours = factor(f"simclr-{RUNS[data]}", "h", "light, up-down", record)
+        theirs = factor(run, "h", "light, up-down", record)
+        kind = factor(run, "h", "kind of thing", record)
+        cell = f"direction of the light, R²: SimCLR {ours:.2f}, {title} {theirs:.2f} (kind "
+        return cell + f"{percent(kind)})", ours > theirs
+
     yield (
         "a label holds few bits, and supervised features leave out the rest",
-        f"direction of the light, R²: SimCLR {ours:.2f}, supervised {theirs:.2f} (kind {kinds})",
-        "",
-        verdict(ours > theirs),
+        *on_both(light),
         "what a label needs stays: size, place",
     )
 
-    def vit_and_resnet(name):
-        return (
-            factor("untrained ViT", "patch tokens", name),
-            factor("mae-shapes", "patch tokens", name),
-            factor("untrained ResNet", "h", name),
-            factor("simclr-shapes", "h", name),
-        )
+    def color_and_kind(data):
+        networks = {
+            "MAE": (("untrained ViT", "patch tokens"), (f"mae-{RUNS[data]}", "patch tokens")),
+            "SimCLR": (("untrained ResNet", "h"), (f"simclr-{RUNS[data]}", "h")),
+        }
+        record = f"factors{data}"
+        name = "mean color" if data else "its color"
+        color = {}
+        kind = {}
+        cells = []
+        for title, pair in networks.items():
+            color[title] = [factor(*network, name, record) for network in pair]
+            kind[title] = [factor(*network, "kind of thing", record) for network in pair]
+            before, after = color[title]
+            colors = f"R² {before:.2f} → {after:.2f}" if data else percent(before, after)
+            cells.append(f"{title}: color {colors}, kind {percent(*kind[title])}")
+        kept = color["MAE"][1] > color["MAE"][0]
+        lost = color["SimCLR"][1] < color["SimCLR"][0]
+        return "; ".join(cells), kept and lost and kind["MAE"][1] < kind["SimCLR"][1]
 
-    color = vit_and_resnet("its color")
-    kind = vit_and_resnet("kind of thing")
     yield (
         "reconstruction does not favor what is shown",
-        f"MAE: color {percent(*color[:2])}, kind {percent(*kind[:2])}; SimCLR: color "
-        f"{percent(*color[2:])}, kind {percent(*kind[2:])}",
-        "",
-        verdict(color[1] > color[0] and color[3] < color[2] and kind[1] < kind[3]),
-        "to give pixels back, color is worth as much as kind; the encoders differ",
+        *on_both(color_and_kind),
+        "to give pixels back, color is worth as much as kind; the encoders differ; an untrained "
+        "ViT knows the mean color already, so on CIFAR-10 only the light can be read better",
     )
 
 
 def claims_about_pretext_tasks():
-    tilt = [factor("rotnet-shapes", "block 2", "tilt"), factor("simclr-shapes", "h", "tilt")]
+    networks = ("rotnet-shapes", "block 2"), ("simclr-shapes", "h")
+    tilt = [factor(*network, "tilt") for network in networks]
+    networks = ("rotnet-cifar10-short", "block 2"), ("simclr-cifar10-short", "h")
+    turned = [factor(*n, "turned by 0, 90, 180, 270", "factors-cifar10") for n in networks]
     yield (
         "the pretext task decides what is learned",
         f"tilt, R²: RotNet {tilt[0]:.2f}, SimCLR {tilt[1]:.2f}",
-        "",
-        verdict(tilt[0] > tilt[1]),
+        f"turned by 0, 90, 180, 270: RotNet {percent(turned[0])}, SimCLR {percent(turned[1])}",
+        verdict(tilt[0] > tilt[1], turned[0] > turned[1]),
         "see the table of factors",
     )
     upright, any_angle = [runs_of("rotnet-any-angle", row, "rotation") for row in (0, 1)]
@@ -428,14 +452,22 @@ def claims_about_contrast():
         *on_both(color_distortion),
         f"here color distortion does nearly all: without crops {mean(uncropped)}",
     )
-    sides = [factor("simclr-shapes", part, "place, left-right") for part in "hz"]
-    heights = [factor("simclr-shapes", part, "place, up-down") for part in "hz"]
+
+    def sides(data):
+        asked = "light" if data else "place"
+        both = {}
+        for way in ("left-right", "up-down"):
+            name = f"{asked}, {way}"
+            both[way] = [
+                factor(f"simclr-{RUNS[data]}", part, name, f"factors{data}") for part in "hz"
+            ]
+        (h, z), heights = both.values()
+        cell = f"{asked}, R² in h and z: left-right, which flips destroy, {h:.2f} and {z:.2f}; "
+        return cell + f"up-down {heights[0]:.2f} and {heights[1]:.2f}", h > z + 0.2
+
     yield (
         "z is invariant to what the views change, h keeps more of it",
-        f"place, R² in h and z: left-right, which flips destroy, {sides[0]:.2f} and "
-        f"{sides[1]:.2f}; up-down {heights[0]:.2f} and {heights[1]:.2f}",
-        "",
-        verdict(sides[0] > sides[1] + 0.2),
+        *on_both(sides),
         "color as well: see the table of factors",
     )
 
@@ -645,6 +677,7 @@ def claims_about_distillation_and_masks():
         *on_both(targets),
         "on shapes likely since their patches are flat or an outline, and the outline loses weight",
     )
+
     patches = first_probes("mae-decoder-depth")
     token = first_probes("mae-decoder-depth", "linear_probe_class_token")
 
@@ -729,10 +762,11 @@ def demos():
                 yield title, name, *cells
 
 
-def factors():
-    yield "network", *RECORDS["factors"]["chance"]
-    for title, scores in factor_means(RECORDS["factors"]).items():
-        yield title, *[cell(factor, value) for factor, value in scores.items()]
+def factors(record):
+    names = RECORDS[record]["chance"]
+    yield "network", *names
+    for title, scores in factor_means(RECORDS[record]).items():
+        yield title, *[cell(factor, value, record) for factor, value in scores.items()]
 
 
 def simclr_head():
@@ -890,23 +924,18 @@ def fine_tuned():
         yield title, *map(percent, scores)
 
 
-def mae_ablation(first, record):
-    yield first, *MAE_COLUMNS
-    yield from ablation(record, "fine_tuned", "linear_probe")
-
-
-def mae_on_both(first, record, *further):
+def mae_ablation(first, record, *further):
     """The same on shapes and on CIFAR-10, and further columns."""
-    yield "data", first, *MAE_COLUMNS, *[key.replace("_", " ") for key in further]
+    titles = {
+        "from_scratch": "from scratch",
+        "linear_probe_class_token": "linear probe, class token",
+    }
+    yield "data", first, *MAE_COLUMNS, *[titles[key] for key in further]
     for title, data in DATA.items():
+        if f"{record}{data}" not in RECORDS:
+            continue
         for cells in ablation(f"{record}{data}", "fine_tuned", "linear_probe", *further):
             yield title, *cells
-
-
-def mae_decoder_depth():
-    yield "decoder", *MAE_COLUMNS, "linear probe, class token"
-    keys = ("fine_tuned", "linear_probe", "linear_probe_class_token")
-    yield from ablation("mae-decoder-depth", *keys)
 
 
 def mae_speed():
@@ -1190,9 +1219,9 @@ def speed():
 TABLES = {
     function.__name__: function
     for function in (
-        results, claims, factors, demos, simclr_head, simclr_views, simclr_negatives, few_labels,
+        results, claims, demos, simclr_head, simclr_views, simclr_negatives, few_labels,
         rotnet_blocks, rotnet_rotations, any_angle, rotnet_labels, moco_versions, small_batches,
-        memory, mae_probes, mae_fine_tuned, fine_tuned, mae_decoder_depth,
+        memory, mae_probes, mae_fine_tuned, fine_tuned,
         mae_speed, dino_collapse, dino_attention, dino_class_token, clip_zero_shot, clip_questions,
         clip_captions, clip_few_shot, clip_flickr8k, clip_split, clip_relatives,
         clip_batches, flickr8k_views, all_methods,
@@ -1200,20 +1229,18 @@ TABLES = {
         without_negatives, relative_patches, colorization, inpainting, speed,
     )
 }  # fmt: skip
-MAE_TABLES = {  # name: its first column, and the record
-    "mae_decoder_dim": ("width of the lecture's, beside 1024", "mae-decoder-dim"),
-}
-MAE_TABLES_ON_BOTH = {
+TABLES["factors"] = functools.partial(factors, "factors")
+TABLES["factors_cifar10"] = functools.partial(factors, "factors-cifar10")
+MAE_TABLES = {  # name: its first column, the record, further columns
     "mae_mask_sampling": ("masked", "mae-mask-sampling"),
+    "mae_decoder_depth": ("decoder", "mae-decoder-depth", "linear_probe_class_token"),
+    "mae_decoder_dim": ("width of the lecture's, beside 1024", "mae-decoder-dim"),
     "mae_augment": ("augmentation", "mae-augment"),
     "mae_mask_token": ("encoder", "mae-mask-token", "from_scratch"),
     "mae_mask_ratio": ("masked", "mae-mask-ratio"),
     "mae_target": ("target", "mae-target", "from_scratch"),
 }
 TABLES |= {name: functools.partial(mae_ablation, *about) for name, about in MAE_TABLES.items()}
-TABLES |= {
-    name: functools.partial(mae_on_both, *about) for name, about in MAE_TABLES_ON_BOTH.items()
-}
 
 
 # === Pages ========================================================================================

@@ -142,6 +142,27 @@ def findings():
         if row["case"].endswith("as long"):
             assert gain[5000] > 1
     yield "with 500 labels by 8 points"
+    assert min(tables.runs_of("simclr-supervised", 0, "linear_probe")) > 0.995  # perfectly
+    known = tables.factor_means(tables.RECORDS["factors-cifar10"])
+    side = {network: scores["light, left-right"] for network, scores in known.items()}
+    height = {network: scores["light, up-down"] for network, scores in known.items()}
+    color = {network: scores["mean color"] for network, scores in known.items()}
+    turned = {network: scores["turned by 0, 90, 180, 270"] for network, scores in known.items()}
+    random = "untrained ResNet"
+    for h in ("SimCLR h", "MoCo h", "SupCon h, with labels"):
+        z = h.replace(" h", " z")
+        assert side[h] < 0.5 * side[random] and side[z] < 0.15 * side[random]
+        assert color[h] < color[random] and height[h] < height[random]
+    assert height["SimCLR h"] > 0.9 * height[random] and height["MoCo h"] > 0.89 * height[random]
+    assert height["SimCLR z"] > 0.8 * height[random] and height["MoCo z"] > 0.7 * height[random]
+    assert max(turned, key=turned.get) == "RotNet, block 2"
+    assert all(0.47 < turned[name] < 0.51 for name in turned if name.startswith("untrained"))
+    assert color["MAE"] > 0.99 and side["MAE"] > side["untrained ViT"] + 0.1
+    assert height["MAE"] > height["untrained ViT"] + 0.05
+    labels, ours = known["SupCon h, with labels"], known["SimCLR h"]
+    assert labels["kind of thing"] == max(scores["kind of thing"] for scores in known.values())
+    for name in ("mean color", "light, left-right", "light, up-down"):
+        assert labels[name] < ours[name] < known[random][name]
     rotnet = tables.RECORDS["rotnet-cifar10-labels"]
     gains = [line["frozen"] - line["from_scratch"] for line in rotnet["semi_supervised"]]
     assert gains[1] > 0 > gains[2]  # 1,000 labels, and 4,000

@@ -364,7 +364,7 @@ def claims_about_pretext_tasks():
     by_kind = "untrained_linear_probe", "linear_probe"
     random, typical = [[runs_of("colorization-colors", row, k) for k in by_kind] for row in (0, 1)]
     means = [percent(*[statistics.mean(values) for values in case]) for case in (random, typical)]
-    cifar10 = "colorization-cifar10-small-seed0"
+    cifar10 = "colorization-cifar10-short-seed0"
     gain = RECORDS[cifar10]["untrained"]["linear_probe"] < trained(cifar10)
     yield (
         "colorization teaches more than random weights know",
@@ -1186,7 +1186,7 @@ def colorization():
     yield "data", "linear probe"
     for row in RECORDS["colorization-colors"]["rows"]:
         yield f"shapes, {row['case']}", gain_of(row)
-    yield "CIFAR-10", pair("colorization-cifar10-small-seed0")
+    yield "CIFAR-10", pair("colorization-cifar10-short-seed0")
 
 
 def inpainting():

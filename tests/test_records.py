@@ -245,8 +245,12 @@ def findings():
     assert probes[0] > max(probes[1:]) and max(probes[-2:]) < min(probes[:-2])
     assert all(probe < floor[0] for probe, _ in short.values())
     assert {name for name, (_, knn) in short.items() if knn < floor[1]} == {"simsiam", "byol"}
-    assert scores_of("", "rotnet-cifar10-short-seed0")[1] > floor[1]
+    for name in ("rotnet", "colorization"):
+        assert scores_of("", f"{name}-cifar10-short-seed0")[1] > floor[1]
     rotations = scores_of("", "rotnet-cifar10-short-seed0")[0]
+    colors = scores_of("", "colorization-cifar10-short-seed0")[0]
+    patches = scores_of("", "relative_patch-cifar10-short-seed0")[0]
+    assert rotations > colors > patches + 0.02
     assert all(abs(rotations - short[name][0]) < 0.01 for name in ("vicreg", "swav"))
     gains = []
     for name in ("jigsaw", "relative_patch"):

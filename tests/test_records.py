@@ -222,6 +222,11 @@ def findings():
     yield f"{100 * (tuned['fine_tuned'] - tuned['from_scratch']):.0f} points behind"
     shallow, deep = [mean_of("mae-decoder-depth", n, "linear_probe_class_token") for n in (0, 4)]
     yield f"{percent(shallow)} with one block, {percent(deep)} with twelve"
+    for key, best in {"linear_probe_class_token": 2, "linear_probe": 1}.items():
+        probes = tables.first_probes("mae-decoder-depth-cifar10", key)
+        assert max(probes) == probes[best] < probes[0] + 0.02 and min(probes) == probes[0]
+    widths = tables.first_probes("mae-decoder-dim-cifar10")
+    assert max(widths[:2]) < min(widths[2:]) and widths[4] > max(widths[:4]) + 0.01
     rows = tables.RECORDS["benchmark-memory-cpu"]["rows"]
     simclr, moco, _ = [row for row in rows if row["batch_size"] == 1024]
     assert 0.70 < moco["gb"] / simclr["gb"] < 0.80

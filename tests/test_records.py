@@ -163,6 +163,17 @@ def findings():
     assert labels["kind of thing"] == max(scores["kind of thing"] for scores in known.values())
     for name in ("mean color", "light, left-right", "light, up-down"):
         assert labels[name] < ours[name] < known[random][name]
+    for data in ("", "-cifar10"):
+        gains = {}
+        for method in ("rotnet", "simclr"):
+            rows = tables.RECORDS[f"{method}-any-angle{data}"]["rows"]
+            gains[method] = [
+                statistics.mean(
+                    r["linear_probe"] - r["untrained_linear_probe"] for r in row["runs"]
+                )
+                for row in rows
+            ]
+        assert gains["rotnet"][1] < 0 < gains["simclr"][1] < gains["simclr"][0]
     rotnet = tables.RECORDS["rotnet-cifar10-labels"]
     gains = [line["frozen"] - line["from_scratch"] for line in rotnet["semi_supervised"]]
     assert gains[1] > 0 > gains[2]  # 1,000 labels, and 4,000

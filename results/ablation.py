@@ -105,7 +105,7 @@ def discs(images, angles):
     return (x * inside).round().byte().contiguous(memory_format=torch.channels_last)
 
 
-def photographs(at_any_angle):
+def photographs(any_angle):
     """Photographs cut out as discs, upright or each turned by an angle of its own."""
 
     def load(*source):
@@ -114,7 +114,7 @@ def photographs(at_any_angle):
         turned = []
         for images in (data.train_images, data.test_images):
             angles = 2 * math.pi * torch.rand(len(images), generator=generator)
-            turned.append(discs(images, angles if at_any_angle else torch.zeros_like(angles)))
+            turned.append(discs(images, angles if any_angle else torch.zeros_like(angles)))
         return dataclasses.replace(data, train_images=turned[0], test_images=turned[1])
 
     return load
@@ -236,8 +236,8 @@ CHANGES = {  # what stands in which place
     "tuned-by-crops": (simclr, "fine_tune", tuned(500, color=False)),
     "tuned-by-crops-4-times-as-long": (simclr, "fine_tune", tuned(2000, color=False)),
     "any-angle": (common, "sample_shapes", at_any_angle),
-    "discs": (common, "load_dataset", photographs(at_any_angle=False)),
-    "discs-at-any-angle": (common, "load_dataset", photographs(at_any_angle=True)),
+    "discs": (common, "load_dataset", photographs(any_angle=False)),
+    "discs-at-any-angle": (common, "load_dataset", photographs(any_angle=True)),
     "color-by-kind": (common, "sample_shapes", colored_by_kind),
     "kinds-named-0.05": (common, "describe_shapes", naming_kinds(0.05)),
     "kinds-named-0.2": (common, "describe_shapes", naming_kinds(0.2)),

@@ -278,9 +278,9 @@ def test_photographs_are_turned_about_their_middle():
 def test_each_photograph_has_an_angle_of_its_own_or_none(monkeypatch):
     data = SHAPES()
     monkeypatch.setattr(ablation, "load_dataset", lambda name: {"cifar10": data}[name])
-    upright = ablation.photographs(at_any_angle=False)("cifar10")
-    turned = ablation.photographs(at_any_angle=True)("cifar10")
-    again = ablation.photographs(at_any_angle=True)("cifar10")
+    upright = ablation.photographs(any_angle=False)("cifar10")
+    turned = ablation.photographs(any_angle=True)("cifar10")
+    again = ablation.photographs(any_angle=True)("cifar10")
     assert torch.equal(upright.train_images, ablation.discs(data.train_images, torch.zeros(4096)))
     for name in ("train_images", "test_images"):
         changed = getattr(turned, name) != getattr(upright, name)

@@ -283,8 +283,8 @@ def claims_about_learning():
         ours = factor(f"simclr-{RUNS[data]}", "h", "light, up-down", record)
         theirs = factor(run, "h", "light, up-down", record)
         kind = factor(run, "h", "kind of thing", record)
-        cell = f"direction of the light, R²: SimCLR {ours:.2f}, {title} {theirs:.2f} (kind "
-        return cell + f"{percent(kind)})", ours > theirs
+        scores = f"SimCLR {ours:.2f}, {title} {theirs:.2f} (kind {percent(kind)})"
+        return f"direction of the light, R²: {scores}", ours > theirs
 
     yield (
         "a label holds few bits, and supervised features leave out the rest",
@@ -321,10 +321,12 @@ def claims_about_learning():
 
 
 def claims_about_pretext_tasks():
-    networks = ("rotnet-shapes", "block 2"), ("simclr-shapes", "h")
-    tilt = [factor(*network, "tilt") for network in networks]
-    networks = ("rotnet-cifar10-short", "block 2"), ("simclr-cifar10-short", "h")
-    turned = [factor(*n, "turned by 0, 90, 180, 270", "factors-cifar10") for n in networks]
+    networks = {"rotnet": "block 2", "simclr": "h"}
+    tilt = [factor(f"{method}-shapes", part, "tilt") for method, part in networks.items()]
+    turned = [
+        factor(f"{method}-cifar10-short", part, "turned by 0, 90, 180, 270", "factors-cifar10")
+        for method, part in networks.items()
+    ]
     yield (
         "the pretext task decides what is learned",
         f"tilt, R²: RotNet {tilt[0]:.2f}, SimCLR {tilt[1]:.2f}",
@@ -458,15 +460,15 @@ def claims_about_contrast():
 
     def sides(data):
         asked = "light" if data else "place"
-        both = {}
-        for way in ("left-right", "up-down"):
-            name = f"{asked}, {way}"
-            both[way] = [
-                factor(f"simclr-{RUNS[data]}", part, name, f"factors{data}") for part in "hz"
-            ]
-        (h, z), heights = both.values()
-        cell = f"{asked}, R² in h and z: left-right, which flips destroy, {h:.2f} and {z:.2f}; "
-        return cell + f"up-down {heights[0]:.2f} and {heights[1]:.2f}", h > z + 0.2
+
+        def known(part, way):
+            return factor(f"simclr-{RUNS[data]}", part, f"{asked}, {way}", f"factors{data}")
+
+        h = known("h", "left-right")
+        z = known("z", "left-right")
+        heights = f"{known('h', 'up-down'):.2f} and {known('z', 'up-down'):.2f}"
+        cell = f"{asked}, R² in h and z: left-right, which flips destroy, {h:.2f} and {z:.2f}"
+        return f"{cell}; up-down {heights}", h > z + 0.2
 
     yield (
         "z is invariant to what the views change, h keeps more of it",

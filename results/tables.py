@@ -212,9 +212,10 @@ def of_case(table, case, key="linear_probe"):
     return [run[key] for run in row["runs"]]
 
 
-def first_probes(table, key="linear_probe"):
-    """The linear probes of a record of ablation.py with one seed, row by row."""
-    return [row["runs"][0][key] for row in RECORDS[table]["rows"]]
+def row_means(table, key="linear_probe"):
+    """What each row of a record of ablation.py comes to, the mean of its seeds."""
+    rows = RECORDS[table]["rows"]
+    return [statistics.mean(run[key] for run in row["runs"]) for row in rows]
 
 
 def trained(name, key="linear_probe"):
@@ -571,10 +572,10 @@ def claims_about_contrast():
         def measure(data):
             count = FEW_LABELS[data][share]
             run = f"simclr-labels{data}", f"{views}, four times as long"
-            (pretrained,) = of_case(*run, f"fine_tuned_{count}")
-            (scratch,) = of_case(*run, f"from_scratch_{count}")
+            pretrained = statistics.mean(of_case(*run, f"fine_tuned_{count}"))
+            scratch = statistics.mean(of_case(*run, f"from_scratch_{count}"))
             cell = f"{percent(pretrained)}, from scratch {percent(scratch)}"
-            return cell, pretrained - scratch > 0.01  # with one seed, less is no difference
+            return cell, pretrained - scratch > 0.01  # with so few seeds, less is no difference
 
         return measure
 
@@ -624,9 +625,7 @@ def claims_about_distillation_and_masks():
     )
 
     def mask_tokens(data):
-        masked, spared = [
-            statistics.mean(runs_of(f"mae-mask-token{data}", row, "linear_probe")) for row in (0, 1)
-        ]
+        masked, spared = row_means(f"mae-mask-token{data}")
         return f"linear probe with {percent(masked)}, without {percent(spared)}", spared > masked
 
     yield (
@@ -639,7 +638,7 @@ def claims_about_distillation_and_masks():
         f"{percent(x['fine_tuned'])}, from scratch {percent(x['from_scratch'])}" for x in tuned
     ]
     keys = "fine_tuned", "from_scratch"
-    pretrained, scratch = [runs_of("mae-target-cifar10", 0, key)[0] for key in keys]
+    pretrained, scratch = [statistics.mean(runs_of("mae-target-cifar10", 0, key)) for key in keys]
     yield (
         "MAE: pretrained and fine-tuned is better than from scratch",
         f"{cells[0]}; at a quarter of the learning rate {cells[1]}",
@@ -649,8 +648,7 @@ def claims_about_distillation_and_masks():
     )
 
     def mask_ratios(data):
-        name = f"mae-mask-ratio{data}"
-        ratios = [statistics.mean(runs_of(name, row, "linear_probe")) for row in range(4)]
+        ratios = row_means(f"mae-mask-ratio{data}")
         cell = "linear probe at 25, 50, 75, 90 %: " + listed(ratios)
         return cell, max(ratios) == ratios[2]
 
@@ -670,10 +668,8 @@ def claims_about_distillation_and_masks():
     )
 
     def targets(data):
-        plain, normalized = [
-            statistics.mean(runs_of(f"mae-target{data}", row, "linear_probe")) for row in (0, 1)
-        ]
-        tuned = [statistics.mean(runs_of(f"mae-target{data}", row, "fine_tuned")) for row in (0, 1)]
+        plain, normalized = row_means(f"mae-target{data}")
+        tuned = row_means(f"mae-target{data}", "fine_tuned")
         cell = f"linear probe {percent(plain, normalized)}, fine-tuned {percent(*tuned)}"
         return cell, normalized > plain
 
@@ -685,7 +681,7 @@ def claims_about_distillation_and_masks():
 
     def depths(key):
         def measure(data):
-            probes = first_probes(f"mae-decoder-depth{data}", key)
+            probes = row_means(f"mae-decoder-depth{data}", key)
             blocks = "1, 2, 4, 8" if data else "1, 2, 4, 8, 12"
             return f"with {blocks} blocks: {listed(probes)}", max(probes[2:]) > max(probes[:2])
 
@@ -703,7 +699,7 @@ def claims_about_distillation_and_masks():
     )
 
     def widths(data):
-        probes = first_probes(f"mae-decoder-dim{data}")
+        probes = row_means(f"mae-decoder-dim{data}")
         names = "an eighth, a quarter, a half, three quarters, all of the width"
         return f"linear probe at {names}: {listed(probes)}", max(probes[:4]) >= probes[4]
 
@@ -714,15 +710,15 @@ def claims_about_distillation_and_masks():
     )
 
     def views(data):
-        probes = first_probes(f"mae-augment{data}")
-        untrained = first_probes(f"mae-augment{data}", "untrained_linear_probe")[0]
+        probes = row_means(f"mae-augment{data}")
+        untrained = row_means(f"mae-augment{data}", "untrained_linear_probe")[0]
         cell = f"linear probe with none, shifts, crops, crops and jitter: {listed(probes)}"
         return cell, probes[0] - untrained > 0.5 * (probes[2] - untrained)
 
     yield "MAE works with little augmentation, or none", *on_both(views), "one seed"
 
     def masks(data):
-        probes = first_probes(f"mae-mask-sampling{data}")
+        probes = row_means(f"mae-mask-sampling{data}")
         cell = f"linear probe with random, half in blocks, blocks, grid: {listed(probes)}"
         return cell, max(probes) == probes[0]
 
@@ -746,7 +742,7 @@ def claims_about_captions():
         verdict(zero_shot > few_shot["clip"]["few_shot"]["4"]),
         "captions name the kind, so the text is the label",
     )
-    rows = [statistics.mean(runs_of("clip-captions", row, "zero_shot")) for row in range(4)]
+    rows = row_means("clip-captions", "zero_shot")
     yield (
         "... and needs no labels",
         "captions that name the kind in 5, 20, 50, 100 %: " + listed(rows),
@@ -818,9 +814,8 @@ def few_labels():
     keys = ("linear_probe", "fine_tuned", "from_scratch")
     for title, data in DATA.items():
         for row in RECORDS[f"simclr-labels{data}"]["rows"]:
-            (run,) = row["runs"]
             for count in FEW_LABELS[data].values():
-                cells = [percent(run[f"{key}_{count}"]) for key in keys]
+                cells = [spread_of(row, f"{key}_{count}") for key in keys]
                 yield title, row["case"], f"{count:,}", *cells
 
 

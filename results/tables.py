@@ -644,7 +644,7 @@ def claims_about_distillation_and_masks():
         f"{cells[0]}; at a quarter of the learning rate {cells[1]}",
         f"{percent(pretrained)}, from scratch {percent(scratch)}",
         verdict(all(x["fine_tuned"] > x["from_scratch"] for x in tuned), pretrained > scratch),
-        "at the recipe's rate a network from scratch does not learn on shapes; one seed",
+        "on shapes, with one seed, a network from scratch does not learn at the recipe's rate",
     )
 
     def mask_ratios(data):

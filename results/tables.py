@@ -585,7 +585,7 @@ def claims_about_contrast():
             f"fine-tuned with {share} of the labels, pretraining wins",
             *on_both(tuned(share, "crops and flips")),
             "by crops and flips; by the views of pretraining, which carry what it teaches: "
-            f"{by_views('')[0]}; CIFAR-10 {by_views('-cifar10')[0]}; one seed",
+            f"{by_views('')[0]}; CIFAR-10 {by_views('-cifar10')[0]}; on shapes one seed",
         )
 
 

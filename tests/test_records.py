@@ -201,6 +201,11 @@ def findings():
     with_blur = mean_of("moco-versions", 3, "linear_probe")
     assert round(100 * (with_head - with_blur)) == 4
     yield "blur on top of it four more"
+    first, head, aug_plus, both, cosine = tables.row_means("moco-versions-cifar10")
+    assert min(aug_plus - first, both - head) > 0.01
+    assert round(100 * (first - head)) == round(100 * (aug_plus - both)) == 1
+    yield "costs about a point"
+    assert abs(cosine - both) < 0.002
     pixels = mean_of("mae-target", 0, "linear_probe")
     normalized = mean_of("mae-target", 1, "linear_probe")
     assert round(100 * (pixels - normalized)) == 7
